@@ -1,0 +1,20 @@
+"""Activation-compressed training as a ``torch.compile`` backend."""
+
+from .api import explain, report, reset, transform
+from .config import Config
+from .errors import CompileError, ConfigError
+from .plan import Plan
+from .rng import get_rng_state, set_rng_state
+
+__all__ = [
+    "CompileError",
+    "Config",
+    "ConfigError",
+    "Plan",
+    "explain",
+    "get_rng_state",
+    "report",
+    "reset",
+    "set_rng_state",
+    "transform",
+]

@@ -1,0 +1,119 @@
+"""Every private name of torch that this package uses outside of its passes, with the versions it was seen in."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch_config
+import torch._inductor.config as inductor_config
+from torch import fx
+
+# 2.11 to 2.13.
+from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.source import ConstantSource
+from torch._guards import TracingContext
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
+
+from .errors import CompileError, ConfigError
+
+__all__ = [
+    "CustomPartitionerFn",
+    "add_scalar_input",
+    "check_cpp_compiler",
+    "compile_pair",
+    "get_hash_for_files",
+    "mode_options",
+    "unwrapped",
+]
+
+
+def unwrapped(error: ConfigError | CompileError) -> Exception:
+    """``error`` as one that Dynamo hands to the user as it is, instead of inside BackendCompilerFailed."""
+    kind = type(error)
+    plain = type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__})
+    return plain(*error.args, first_useful_frame=None)  # type: ignore[no-any-return]
+
+
+def add_scalar_input(graph: fx.GraphModule, name: str, example: torch.Tensor) -> tuple[fx.GraphModule, torch.Tensor]:
+    """A copy of ``graph`` with one more input, a tensor that changes from call to call, and its fake example."""
+    copied = copy.copy(graph)
+    copied.graph = copy.deepcopy(graph.graph)
+    source = ConstantSource(name)
+    fake_mode = TracingContext.get().fake_mode
+    assert fake_mode is not None
+    fake = fake_mode.from_tensor(example, static_shapes=True, source=source)
+    with copied.graph.inserting_after(copied.graph.find_nodes(op="placeholder")[-1]):
+        placeholder = copied.graph.placeholder(name)
+    placeholder.meta["example_value"] = fake
+    placeholder._dynamo_source = source  # type: ignore[attr-defined]
+    copied.recompile()
+    return copied, fake
+
+
+def compile_pair(
+    graph: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    partitioner: CustomPartitionerFn | None,
+    interpreted: bool,
+    settings: dict[str, Any],
+) -> Callable[..., Any]:
+    """Compiles ``graph`` with Inductor, or interprets what Inductor would compile, after ``partitioner`` split it."""
+    patches = dict(settings)
+    options: dict[str, Any] = {}
+    if partitioner is not None:
+        # Buffers that wait for their next use keep the memory that compression frees.
+        patches = {"custom_partitioner_fn": partitioner, "allow_buffer_reuse": False, **patches}
+    if interpreted:
+        # Inductor's random numbers would be drawn anew where the backward repeats them.
+        patches = {**patches, "fallback_random": True}
+        options["inner_compile"] = _interpret
+    # A warm AOTAutograd cache never calls the partitioner: plans and reports would be empty.
+    with functorch_config.patch(enable_autograd_cache=functorch_config.enable_autograd_cache and partitioner is None):
+        return compile_fx(graph, list(inputs), config_patches=patches, **options)  # type: ignore[return-value]
+
+
+def _interpret(graph: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+    interpreter = fx.Interpreter(graph)
+
+    def run(args: list[Any]) -> Any:
+        return interpreter.boxed_run(args)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def mode_options(mode: str | None) -> dict[str, Any]:
+    """Inductor's settings for a mode of torch.compile.
+
+    Raises:
+        ConfigError: For a mode that does not exist.
+    """
+    if mode is None:
+        return {}
+    from torch._inductor import list_mode_options
+
+    modes = list_mode_options()
+    if mode not in modes:
+        raise ConfigError(f"mode must be one of {', '.join(modes)}, got {mode!r}")
+    return dict(modes[mode])
+
+
+def check_cpp_compiler() -> None:
+    """Looks for the C++ compiler that Inductor needs for the CPU.
+
+    Raises:
+        CompileError: When there is none.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise CompileError(
+            f"lowering='inductor' compiles C++ for the CPU, got no compiler ({inductor_config.cpp.cxx!r} was looked "
+            "for): install g++ (on Debian and Ubuntu: apt install g++), or use lowering='eager', which works without"
+        ) from error

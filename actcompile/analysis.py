@@ -1,0 +1,228 @@
+"""Describes every saved tensor of a pair of graphs. Reads only."""
+
+import math
+import operator
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from .passes._fx import (
+    VALUE_PRESERVING_OPS,
+    VIEW_OPS,
+    GraphPair,
+    Slot,
+    hint,
+    is_comparison,
+    module_path,
+    operator_name,
+    source_line,
+)
+from .plan import Role, SavedTensor
+
+aten = torch.ops.aten
+
+# dtypes that the codecs take.
+FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
+INTEGERS = frozenset({torch.int64, torch.int32, torch.int16})
+
+# Operators that reduce over elements: their results are small, and an error in one spreads over all it was made of.
+_REDUCTIONS = (
+    *("var_mean", "var", "mean", "sum", "amax", "amin", "logsumexp", "native_layer_norm", "native_group_norm"),
+    *("_native_batch_norm_legit", "_native_batch_norm_legit_functional", "native_batch_norm", "std", "norm"),
+    *("_fused_rms_norm", "linalg_vector_norm", "max", "min"),
+)
+# A result this many times smaller than what it was reduced from is a statistic.
+_STATISTIC_RATIO = 8
+
+# Results of attention other than its output: log-sum-exp and the state of its random numbers.
+_ATTENTION = "_scaled_dot_product"
+
+# A constant beyond this is there to mask; groups that hold one lose everything else to its range.
+_MASK_MAGNITUDE = 1e30
+_MASK_CARRIERS = VALUE_PRESERVING_OPS | frozenset(
+    {
+        aten.where.self,
+        aten.masked_fill.Scalar,
+        aten.masked_fill.Tensor,
+        aten.add.Tensor,
+        aten.sub.Tensor,
+        aten.rsub.Scalar,
+        aten.mul.Tensor,
+        aten.full.default,
+        aten.full_like.default,
+        aten.scalar_tensor.default,
+        aten.slice.Tensor,
+        aten.minimum.default,
+        torch.ops.prims.convert_element_type.default,
+    }
+)
+
+
+def analyze(pair: GraphPair) -> list[SavedTensor]:
+    """One row per slot of ``pair``, in its order."""
+    order = {node: position for position, node in enumerate(pair.backward.graph.nodes)}
+    gradients = _reached_gradients(pair.backward.graph, order)
+    returned = {_storage(node) for node in pair.user_outputs if isinstance(node, fx.Node)}
+    return [_describe(pair, slot, len(gradients[slot.placeholder]), returned) for slot in pair.slots]
+
+
+def _describe(pair: GraphPair, slot: Slot, num_gradients: int, returned: set[fx.Node]) -> SavedTensor:
+    source, value = slot.source, slot.source.meta["val"]
+    comparisons = [user for user in slot.placeholder.users if is_comparison(user)]
+    role = pair.roles[source] if source.op == "placeholder" else Role.ACTIVATION
+    root = _storage(source)
+    if root.op == "placeholder" and root is not source:
+        role = pair.roles[root]
+    return SavedTensor(
+        key=slot.key,
+        name=source.name,
+        op=operator_name(source),
+        module=module_path(source),
+        source=source_line(source),
+        shape=tuple(hint(size) for size in value.shape),
+        symbolic_shape=tuple(str(size) for size in value.shape),
+        dtype=value.dtype,
+        numel=hint(value.numel()),
+        nbytes=hint(value.numel()) * value.element_size(),
+        role=role,
+        kind="leaf" if num_gradients == 1 else "path",
+        compared_only=bool(comparisons) and len(comparisons) == len(slot.placeholder.users),
+        comparisons=len(comparisons),
+        index_range=_index_range(source),
+        obstacle=_obstacle(pair, source, role, root in returned),
+    )
+
+
+def _obstacle(pair: GraphPair, source: fx.Node, role: Role, is_returned: bool) -> str:
+    """Why a tensor must stay exact, or an empty string."""
+    value = source.meta["val"]
+    if role in (Role.PARAMETER, Role.BUFFER, Role.INPUT, Role.SEED):
+        return f"the {role} is there anyway"
+    if is_returned:
+        return "the caller holds it: it is an output of the graph"
+    if role is Role.BOUNDARY and any(user.target is aten.copy_.default for user in source.users):
+        return "it is mutated in place"
+    if free_unbacked_symbols(value):
+        return "its size is known only when it runs"
+    if value.dtype in (torch.bool, *INTEGERS):
+        return ""
+    if not value.dtype.is_floating_point and not value.dtype.is_complex:
+        return "it is narrow already"
+    if value.dtype not in FLOATS:
+        return f"no codec takes {str(value.dtype).removeprefix('torch.')}"
+    if role is Role.ACTIVATION and _only_parameters(pair, source):
+        return "it is computed from parameters alone"
+    if is_statistic(source):
+        return "it is a statistic: small, and an error would spread over all it sums up"
+    if _carries_mask(source):
+        return "it holds the huge constants of a mask"
+    return ""
+
+
+def is_statistic(node: fx.Node) -> bool:
+    """Whether ``node`` was reduced from something much larger, pointwise steps after the reduction included."""
+    numel = hint(node.meta["val"].numel())
+    if operator_name(node).startswith(_ATTENTION):
+        return node.target is operator.getitem and node.args[1] != 0
+    pending, seen = [node], set()
+    while pending:
+        current = pending.pop()
+        if current in seen or current.op != "call_function":
+            continue
+        seen.add(current)
+        above = [n for n in current.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+        if current.target is operator.getitem:
+            above = [n for source in current.all_input_nodes for n in source.all_input_nodes if _is_tensor(n)]
+        largest = max((hint(n.meta["val"].numel()) for n in above), default=0)
+        if operator_name(current) in _REDUCTIONS:
+            if largest >= _STATISTIC_RATIO * numel:
+                return True
+        elif largest <= numel:
+            pending.extend(n for n in above if hint(n.meta["val"].numel()) == numel)
+    return False
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _carries_mask(node: fx.Node) -> bool:
+    """Whether a constant as large as those of attention masks reaches ``node`` without a bounded function between."""
+    pending, seen = [node], set()
+    while pending:
+        current = pending.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op == "call_function" and current.target in _MASK_CARRIERS:
+            constants = (arg for arg in current.args if isinstance(arg, float | int))
+            if any(abs(constant) > _MASK_MAGNITUDE for constant in constants):
+                return True
+            pending.extend(current.all_input_nodes)
+    return False
+
+
+def _only_parameters(pair: GraphPair, node: fx.Node) -> bool:
+    """Whether every placeholder above ``node`` is a parameter or buffer, and there is one."""
+    pending, seen, roles = [node], set(), set()
+    while pending:
+        current = pending.pop()
+        if current not in seen:
+            seen.add(current)
+            pending.extend(current.all_input_nodes)
+            if current.op == "placeholder":
+                roles.add(pair.roles[current])
+    return bool(roles) and roles <= {Role.PARAMETER, Role.BUFFER}
+
+
+def _index_range(node: fx.Node) -> int | None:
+    """The number of values that integers can take because of the operator that made them, if that is known."""
+    producer, position = node, 0
+    if node.target is operator.getitem:
+        producer, position = node.all_input_nodes[0], node.args[1]  # type: ignore[assignment]
+    num_dims = _INDEX_RESULTS.get((operator_name(producer), position))
+    if num_dims is None:
+        return None
+    shape = producer.all_input_nodes[0].meta["val"].shape
+    return math.prod(hint(size) for size in shape[-num_dims:])
+
+
+# (operator, result) -> how many trailing dimensions of its input the indices run over; 0 means all.
+_INDEX_RESULTS: dict[tuple[str, object], int] = {
+    ("max_pool2d_with_indices", 1): 2,
+    ("max_pool3d_with_indices", 1): 3,
+    ("adaptive_max_pool2d", 1): 2,
+    ("adaptive_max_pool3d", 1): 3,
+    ("argmax", 0): 0,
+    ("argmin", 0): 0,
+    ("topk", 1): 0,
+    ("sort", 1): 0,
+    ("max", 1): 0,
+    ("min", 1): 0,
+}
+
+
+def _storage(node: fx.Node) -> fx.Node:
+    """The node whose memory ``node`` is a view of, or ``node`` itself."""
+    while node.target in VIEW_OPS and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _reached_gradients(graph: fx.Graph, order: dict[fx.Node, int]) -> dict[fx.Node, frozenset[int]]:
+    """For every backward node, the positions of the gradients that it reaches."""
+    reached: dict[fx.Node, frozenset[int]] = {}
+    (gradients,) = graph.output_node().args
+    assert isinstance(gradients, Iterable)
+    ends: dict[fx.Node, set[int]] = {}
+    for position, node in enumerate(gradients):
+        if isinstance(node, fx.Node):
+            ends.setdefault(node, set()).add(position)
+    for node in sorted(order, key=order.__getitem__, reverse=True):
+        positions = set(ends.get(node, ()))
+        for user in node.users:
+            positions |= reached.get(user, frozenset())
+        reached[node] = frozenset(positions)
+    return reached

@@ -1,0 +1,85 @@
+"""The functions that users call."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .config import Config
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from .report import Report
+
+
+def transform(model: torch.nn.Module, config: Config | None = None, **settings: Any) -> torch.nn.Module:
+    """Compiles ``model`` in place with compressed activations and returns it.
+
+    Args:
+        model: Any module; its parameters, hooks and state_dict keys stay as they are. deepcopy and pickle drop the
+            compilation: transform the copy again.
+        config: Settings, or leave it out and give fields of ``Config`` by name.
+        **settings: Fields of ``Config``.
+
+    Raises:
+        ConfigError: For bad settings, or both ``config`` and ``settings``.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    model.compile(backend="act", options={"config": make_config(config, settings)})
+    return model
+
+
+def make_config(config: Config | None, settings: dict[str, Any]) -> Config:
+    """``config``, or one made of ``settings``.
+
+    Raises:
+        ConfigError: For both at once, or what is no Config.
+    """
+    if config is None:
+        return Config.from_options(settings)
+    if not isinstance(config, Config):
+        raise ConfigError(f"config must be an actcompile.Config, got {config!r}")
+    if settings:
+        raise ConfigError(f"give a config or single settings, not both: got config and {', '.join(settings)}")
+    return config
+
+
+def report(model: torch.nn.Module | None = None) -> "Report":
+    """What the training graphs of ``model`` save and store, after its first step; of all models when left out."""
+    from . import records
+    from .report import make_report
+
+    known = records.finished()
+    if model is not None:
+        known = [record for record in known if record.belongs_to(model.parameters())]
+    return make_report(known)
+
+
+def explain(
+    model: torch.nn.Module | Callable[..., Any], *args: Any, config: Config | None = None, **kwargs: Any
+) -> "Report":
+    """What training ``model`` on these arguments would save and store; computes nothing and changes nothing.
+
+    The model is traced on fake tensors: no memory is taken, no random number drawn, no buffer written.
+
+    Args:
+        model: The model in training mode, or a function of it that returns the loss.
+        *args: Arguments of one call.
+        config: Settings; the default ones when left out.
+        **kwargs: Keyword arguments of the call.
+
+    Raises:
+        ConfigError: For bad settings.
+    """
+    from ._explain import explain_call
+
+    return explain_call(model, args, kwargs, make_config(config, {}))
+
+
+def reset() -> None:
+    """Forgets plans, reports and compiled graphs."""
+    from . import records
+
+    records.clear()
+    torch._dynamo.reset()

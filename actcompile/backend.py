@@ -1,0 +1,171 @@
+"""The backend: ``torch.compile(model, backend="act")``.
+
+graph from Dynamo                                     act
+  + one more input, the seed of the rounding noise    _torch.add_scalar_input
+  -> Inductor, which traces forward and backward      _torch.compile_pair
+     -> partition                                     passes/partition.py
+     -> rows of what is saved                         analysis.py
+     -> plan                                          planner.py
+     -> rewritten forward and backward                passes/
+  -> Triton or C++ code, or an interpreter            lowering="eager"
+"""
+
+import functools
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import records
+from ._torch import (
+    CustomPartitionerFn,
+    add_scalar_input,
+    check_cpp_compiler,
+    compile_pair,
+    get_hash_for_files,
+    mode_options,
+    unwrapped,
+)
+from .analysis import analyze
+from .config import Config
+from .errors import CompileError, ConfigError
+from .passes import run_passes
+from .passes._fx import GraphPair
+from .passes.lower import lower_encoders
+from .passes.partition import baseline_nbytes, partition, share_saved_values
+from .plan import Role
+from .planner import make_plan
+from .rng import next_seed
+
+log = logging.getLogger(__name__)
+
+
+def act(
+    graph: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compiles one graph of Dynamo's; registered as the backend "act".
+
+    Args:
+        graph: The model's operators, parameters lifted to inputs.
+        inputs: Fake tensors and sizes, one per placeholder.
+        mode: A mode of torch.compile, handed on to Inductor.
+        options: Fields of ``Config``; "mode" as above; "inductor", a dict of Inductor's settings.
+
+    Raises:
+        ConfigError: For options that are no settings, or a plan of another model.
+        CompileError: When the machine lacks what the lowering needs.
+    """
+    try:
+        config, settings = read_options(mode, options)
+        return compile_graph(graph, inputs, config, settings)
+    except (ConfigError, CompileError) as error:
+        raise unwrapped(error) from error.__cause__
+
+
+def read_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[Config, dict[str, Any]]:
+    """The settings of this package and those of Inductor."""
+    given = dict(options or {})
+    mode, inductor = given.pop("mode", mode), given.pop("inductor", {})
+    if not isinstance(inductor, dict):
+        raise ConfigError(f"inductor must be a dict of Inductor's settings, got {inductor!r}")
+    ready = given.pop("config", None)
+    config = ready if isinstance(ready, Config) and not given else Config.from_options(given)
+    return config, {**mode_options(mode), **inductor}
+
+
+def compile_graph(
+    graph: fx.GraphModule, inputs: Sequence[Any], config: Config, settings: dict[str, Any]
+) -> Callable[..., Any]:
+    """Compiles a training graph with compressed activations; a graph without a backward goes to Inductor untouched."""
+    interpreted = config.lowering == "eager"
+    device = _device(inputs)
+    if not interpreted and device.type == "cpu":
+        check_cpp_compiler()
+    if not torch.is_grad_enabled() or not any(_requires_grad(value) for value in inputs):
+        return compile_pair(graph, inputs, partitioner=None, interpreted=interpreted, settings=settings)
+    roles = [
+        input_role(node, value) for node, value in zip(graph.graph.find_nodes(op="placeholder"), inputs, strict=True)
+    ]
+    record = records.add(config, roles)
+    seeded, fake_seed = add_scalar_input(graph, "actcompile_seed", torch.zeros((), dtype=torch.int64, device=device))
+    compiled = compile_pair(
+        seeded,
+        [*inputs, fake_seed],
+        partitioner=Partitioner(config, [*roles, Role.SEED], record),
+        interpreted=interpreted,
+        settings=settings,
+    )
+
+    @functools.wraps(compiled)
+    def run(*args: Any) -> Any:
+        record.see_parameters(args)
+        return compiled(*args, next_seed(config.seed, device))
+
+    return run
+
+
+class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
+    """Splits a joint graph and rewrites the two halves by the plan of ``config``."""
+
+    def __init__(self, config: Config, roles: Sequence[Role], record: records.GraphRecord) -> None:
+        self.config = config
+        self.roles = roles
+        self.record = record
+
+    def __call__(
+        self, joint: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """Called by AOTAutograd with the joint graph."""
+        baseline = baseline_nbytes(joint, joint_inputs, **kwargs)
+        forward, backward = partition(joint, joint_inputs, recompute=self.config.recompute, **kwargs)
+        pair = GraphPair.from_partition(forward, backward, kwargs["num_fwd_outputs"], self.roles)
+        share_saved_values(pair)
+        rows = analyze(pair)
+        plan = make_plan(rows, self.config)
+        run_passes(pair, plan)
+        if self.config.lowering == "inductor":
+            lower_encoders(pair, plan)
+        self.record.finish(rows, plan, baseline, pair)
+        log.info("%s", self.record.summary())
+        return pair.forward, pair.backward
+
+    def uuid(self) -> object:
+        """What the compiled code depends on besides the graph: this package's sources and the settings."""
+        return get_hash_for_files(_sources(), repr((self.config, self.config.loaded_plan())))
+
+
+@functools.cache
+def _sources() -> tuple[str, ...]:
+    packages = (sys.modules[f"actcompile{name}"] for name in ("", ".passes", ".triton_kernels"))
+    folders = (Path(path) for package in packages for path in package.__path__)
+    return tuple(sorted(str(source) for folder in folders for source in folder.glob("*.py")))
+
+
+def input_role(placeholder: fx.Node, value: Any) -> Role:
+    """Who holds a graph input besides the graph."""
+    example = placeholder.meta.get("example_value", value)
+    if not isinstance(example, torch.Tensor):
+        return Role.INPUT
+    if isinstance(example, torch.nn.Parameter) or getattr(example, "_is_param", False):
+        return Role.PARAMETER
+    if example.requires_grad:
+        return Role.PARAMETER if example.is_leaf else Role.BOUNDARY
+    return Role.INPUT
+
+
+def _requires_grad(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _device(inputs: Sequence[Any]) -> torch.device:
+    """The device of the graph: that of its first input on an accelerator, else the CPU."""
+    devices = [value.device for value in inputs if isinstance(value, torch.Tensor)]
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))

@@ -1,0 +1,260 @@
+"""Settings: what to compress and how far."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+from .plan import Plan
+
+# Bits that a code can have; EXACT_BITS keeps every tensor's own bits, so that only the lossless passes run.
+CODE_BITS = (1, 2, 3, 4, 6, 8)
+EXACT_BITS = 32
+DEFAULT_BITS = 4
+DEFAULT_MIN_NUMEL = 4096
+
+# GACT's optimization levels (conf.py of its release), as settings of this package.
+LEVELS: Mapping[str, Mapping[str, Any]] = {
+    "L0": {"bits": EXACT_BITS},
+    "L1": {"bits": 4},
+    "L1.1": {"bits": 8},
+    "L1.2": {"bits": 2},
+    "L2": {"bits": 4, "auto": True},
+    "L2.1": {"bits": 3, "auto": True},
+    "L2.2": {"bits": 2, "auto": True},
+    "L3": {"bits": 4, "auto": True, "offload": True},
+    "swap": {"bits": EXACT_BITS, "offload": True},
+    "L4bit-swap": {"bits": 4, "offload": True},
+}
+
+RECOMPUTE = ("none", "cheap", "full")
+LOWERINGS = ("inductor", "eager")
+
+# Fields that are part of the interface but that this release does not act on: field -> what to use instead.
+_NOT_YET: Mapping[str, str] = {
+    "memory": "set bits, and read the bytes from actcompile.explain",
+    "noise": "set bits",
+    "auto": "leave it out: every tensor gets the same bits",
+    "sparsity": "set bits",
+    "offload": "set bits",
+    "profile_every": "leave it out",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of the compiler; frozen and checked when made.
+
+    Args:
+        bits: Code bits per compressed element, metadata (a bf16 scale and a zero point per group) on top: 1, 2, 3, 4, 6
+            or 8; 32 keeps every tensor's own bits, so that only the lossless passes run. Default 4.
+        memory: Bytes saved for the backward of one step: int, a string as "6GiB", or a float in (0, 1], the share of
+            what torch.compile saves. Not available in this release.
+        noise: Predicted relative gradient variance. Not available in this release.
+        auto: Per-tensor bits from measured sensitivities; False gives every tensor the same. Not available in this
+            release.
+        group_size: Elements that share one scale: a power of two from 32 to 4096.
+        sparsity: Share of elements dropped from the inputs of linear layers. Not available in this release.
+        sparse_value_bits: Bits of the values that are left: 16, 8 or 4.
+        recompute: "none" saves what torch.compile saves; "cheap" also recomputes what needs no matrix product.
+        offload: Moves codes to the host's memory. Not available in this release.
+        min_numel: Tensors with fewer elements stay exact. Default 4096.
+        skip: Module-name patterns, as of fnmatch, whose tensors stay exact.
+        seed: Of the rounding noise; the default is torch.initial_seed().
+        profile_every: Steps between two sensitivity profiles. Not available in this release.
+        plan: A Plan, or the path of a saved one, that is followed as it is.
+        level: One of GACT's names ("L0", "L1", "L1.1", "L1.2", ...); fields given beside it win.
+        lowering: "inductor" compiles the graphs; "eager" interprets the same graphs, for tests and debugging.
+
+    Raises:
+        ConfigError: For a value that a field cannot have, or two that exclude each other.
+    """
+
+    bits: float | None = None
+    memory: int | float | str | None = None
+    noise: float | None = None
+    auto: bool | None = None
+    group_size: int = 256
+    sparsity: float | None = None
+    sparse_value_bits: int = 16
+    recompute: str = "cheap"
+    offload: bool | None = None
+    min_numel: int | None = None
+    skip: tuple[str, ...] = ()
+    seed: int | None = None
+    profile_every: int | None = None
+    plan: Plan | str | os.PathLike[str] | None = None
+    level: str | None = None
+    lowering: str = "inductor"
+    _level_settings: Mapping[str, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_level(self.level)
+        object.__setattr__(self, "_level_settings", LEVELS[self.level] if self.level else {})
+        for check in _CHECKS:
+            check(self)
+
+    @classmethod
+    def from_level(cls, level: str, **overrides: Any) -> "Config":
+        """The settings of one of GACT's optimization levels; ``overrides`` win.
+
+        Raises:
+            ConfigError: For a level that does not exist.
+        """
+        return cls(level=level, **overrides)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> "Config":
+        """Settings from the ``options`` of torch.compile.
+
+        Raises:
+            ConfigError: For a key that is no field.
+        """
+        known = [f.name for f in fields(cls) if f.init]
+        for name in options:
+            if name not in known:
+                raise ConfigError(
+                    f"options must be fields of actcompile.Config, mode or inductor, got {name!r}: use one of "
+                    f"{', '.join(known)}"
+                )
+        return cls(**{name: tuple(value) if name == "skip" else value for name, value in options.items()})
+
+    def setting(self, name: str) -> Any:
+        """A field's value where it was given, else the level's, else None."""
+        value = getattr(self, name)
+        return self._level_settings.get(name) if value is None else value
+
+    @property
+    def code_bits(self) -> int | None:
+        """Bits of every code, or None when tensors keep their own."""
+        bits = self.setting("bits")
+        if bits == EXACT_BITS:
+            return None
+        return DEFAULT_BITS if bits is None else int(bits)
+
+    @property
+    def smallest_numel(self) -> int:
+        """Elements below which a tensor stays exact."""
+        return DEFAULT_MIN_NUMEL if self.min_numel is None else self.min_numel
+
+    def with_plan(self, plan: Plan) -> "Config":
+        """These settings with ``plan`` to be followed."""
+        return replace(self, plan=plan)
+
+    def loaded_plan(self) -> Plan | None:
+        """The plan that ``plan`` names, if any."""
+        return self.plan if self.plan is None or isinstance(self.plan, Plan) else Plan.load(self.plan)
+
+
+def parse_nbytes(text: str) -> int:
+    """Bytes of a string such as "6GiB", "512 MB" or "1048576".
+
+    Raises:
+        ConfigError: For anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT]?)(i?)B)?\s*", text)
+    if match is None:
+        raise ConfigError(f'memory must be a number of bytes such as "6GiB" or "500MB", got {text!r}')
+    number, prefix, binary = match.groups()
+    power = " KMGT".index(prefix) if prefix else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_level(level: Any) -> None:
+    if level is not None and level not in LEVELS:
+        raise ConfigError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
+
+
+def _check_targets(config: Config) -> None:
+    given = [name for name in ("bits", "memory", "noise") if getattr(config, name) is not None]
+    if len(given) > 1:
+        values = ", ".join(f"{name}={getattr(config, name)!r}" for name in given)
+        raise ConfigError(f"at most one of bits, memory and noise can be the target, got {values}: keep one of them")
+    if config.plan is not None and (given or config.level is not None):
+        raise ConfigError(
+            f"a plan already says what is stored, got plan and {', '.join(given) or 'level'}: give one or the other"
+        )
+
+
+def _check_bits(config: Config) -> None:
+    bits = config.setting("bits")
+    if bits is None:
+        return
+    if isinstance(bits, bool) or not isinstance(bits, int | float) or bits not in (*CODE_BITS, EXACT_BITS):
+        raise ConfigError(
+            f"bits must be one of {', '.join(map(str, CODE_BITS))}, or {EXACT_BITS} for lossless, while every tensor "
+            f"gets the same (auto=False), got {bits!r}: choose the nearest of them"
+        )
+
+
+def _check_memory(config: Config) -> None:
+    memory = config.memory
+    if isinstance(memory, str):
+        parse_nbytes(memory)
+    elif memory is not None and (isinstance(memory, bool) or not isinstance(memory, int | float) or memory <= 0):
+        raise ConfigError(f'memory must be bytes, a string as "6GiB" or a float in (0, 1], got {memory!r}')
+    elif isinstance(memory, float) and memory > 1:
+        raise ConfigError(f"memory as a float is a share in (0, 1], got {memory!r}: give bytes as an int or a string")
+
+
+def _check_numbers(config: Config) -> None:
+    group_size = config.group_size
+    if not _is_int(group_size) or not 32 <= group_size <= 4096 or group_size & (group_size - 1):
+        raise ConfigError(f"group_size must be a power of two from 32 to 4096, got {group_size!r}: 256 is the default")
+    sparsity = config.sparsity
+    if sparsity is not None and (not isinstance(sparsity, int | float) or not 0 <= sparsity < 1):
+        raise ConfigError(f"sparsity must be a share of dropped elements in [0, 1), got {sparsity!r}: try 0.8")
+    if config.sparse_value_bits not in (16, 8, 4):
+        raise ConfigError(f"sparse_value_bits must be 16, 8 or 4, got {config.sparse_value_bits!r}")
+    if config.noise is not None and not (isinstance(config.noise, int | float) and config.noise > 0):
+        raise ConfigError(f"noise must be a positive relative variance, got {config.noise!r}: try 0.01")
+    for name, least in (("min_numel", 0), ("profile_every", 1)):
+        value = getattr(config, name)
+        if value is not None and (not _is_int(value) or value < least):
+            raise ConfigError(f"{name} must be an integer from {least} up, got {value!r}")
+    if config.seed is not None and (not _is_int(config.seed) or not -(2**63) <= config.seed < 2**64):
+        raise ConfigError(f"seed must be a 64-bit integer, got {config.seed!r}")
+
+
+def _check_choices(config: Config) -> None:
+    for name, choices in (("recompute", RECOMPUTE), ("lowering", LOWERINGS)):
+        value = getattr(config, name)
+        if value not in choices:
+            raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    for name in ("auto", "offload"):
+        value = getattr(config, name)
+        if value is not None and not isinstance(value, bool):
+            raise ConfigError(f"{name} must be True or False, got {value!r}")
+    if not isinstance(config.skip, tuple) or not all(isinstance(pattern, str) for pattern in config.skip):
+        raise ConfigError(
+            f'skip must be a tuple of module-name patterns such as ("head", "*.norm"), got {config.skip!r}'
+        )
+    if config.plan is not None and not isinstance(config.plan, Plan | str | Path | os.PathLike):
+        raise ConfigError(f"plan must be an actcompile.Plan or the path of a saved one, got {config.plan!r}")
+
+
+def _check_availability(config: Config) -> None:
+    for name, remedy in _NOT_YET.items():
+        value = config.setting(name)
+        if value is not None and value is not False:
+            origin = f" (from level {config.level!r})" if getattr(config, name) is None else ""
+            raise ConfigError(f"{name} is not available in this release, got {value!r}{origin}: {remedy}")
+    if config.recompute == "full":
+        raise ConfigError("recompute='full' is not available in this release: use 'cheap'")
+
+
+_CHECKS = (
+    _check_targets,
+    _check_bits,
+    _check_memory,
+    _check_numbers,
+    _check_choices,
+    _check_availability,
+)

@@ -1,0 +1,182 @@
+"""The data that the parts of the compiler exchange: what is saved, what is stored instead, and why.
+
+Terms, used throughout with these meanings:
+
+    joint graph    forward and backward traced as one graph by AOTAutograd
+    primal         an input of the joint graph: parameter, buffer or argument
+    tangent        a gradient that enters the backward
+    saved tensor   an output of the forward graph that the backward graph reads
+    partition      splitting the joint graph, which decides what is saved and what is recomputed
+    row            one saved tensor, as analysis describes it
+    decision       what is stored in place of a row
+    plan           one decision per row
+    group          elements that share one scale and one zero point
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import ConfigError
+
+PLAN_FORMAT = "actcompile plan"
+PLAN_VERSION = 1
+
+
+class Action(str, Enum):
+    """What becomes of a saved tensor."""
+
+    KEEP = "keep"  # stored as it is
+    PACK = "pack"  # a bool tensor, one bit per element
+    COMPARE = "compare"  # the backward only compares it with a constant: the result of that, one bit per element
+    NARROW = "narrow"  # integers, in the narrowest type that holds their range
+    QUANTIZE = "quantize"  # codes of a few bits per element, with a scale and a zero point per group
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class Role(str, Enum):
+    """Who holds a saved tensor besides the backward."""
+
+    ACTIVATION = "activation"  # nobody: its bytes are what training needs
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    INPUT = "input"  # the caller
+    BOUNDARY = "boundary"  # an activation that another graph of the same model computed
+    SEED = "seed"  # of the rounding noise
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """One saved tensor of one graph.
+
+    ``key`` names it across graphs, batch sizes and processes: module path, operator and, where these repeat, a number.
+    ``shape`` holds the sizes of the traced call, ``nbytes`` and ``numel`` their product; ``symbolic_shape`` prints the
+    symbols of a dynamic graph. ``obstacle`` says why it must stay exact, or is empty.
+    """
+
+    key: str
+    name: str
+    op: str
+    module: str
+    source: str
+    shape: tuple[int, ...]
+    symbolic_shape: tuple[str, ...]
+    dtype: torch.dtype
+    numel: int
+    nbytes: int
+    role: Role = Role.ACTIVATION
+    kind: str = "path"
+    compared_only: bool = False
+    comparisons: int = 0
+    index_range: int | None = None
+    obstacle: str = ""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is stored in place of one saved tensor, and why."""
+
+    action: Action
+    reason: str
+    bits: int | None = None
+    group_size: int | None = None
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Plan(Mapping[str, Decision]):
+    """Decisions by row key. Reads like a dict; saved as JSON."""
+
+    decisions: Mapping[str, Decision] = field(default_factory=dict)
+
+    def __getitem__(self, key: str) -> Decision:
+        return self.decisions[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.decisions)
+
+    def __len__(self) -> int:
+        return len(self.decisions)
+
+    def to_json(self) -> str:
+        """The plan as a JSON document."""
+        entries = {key: _to_jsonable(decision) for key, decision in self.decisions.items()}
+        return json.dumps({"format": PLAN_FORMAT, "version": PLAN_VERSION, "decisions": entries}, indent=1)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the plan to ``path``."""
+        Path(path).write_text(self.to_json() + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Reads a plan written by ``save``.
+
+        Raises:
+            ConfigError: When the file is missing, truncated, or not a plan of this version.
+        """
+        try:
+            document = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise ConfigError(f"plan must name a readable file, got {str(path)!r} ({error.strerror})") from error
+        except ValueError as error:
+            raise ConfigError(
+                f"plan must be a complete JSON file, got {str(path)!r}, which breaks off or is damaged ({error}): "
+                "write it again with plan.save"
+            ) from error
+        if not isinstance(document, dict) or document.get("format") != PLAN_FORMAT:
+            raise ConfigError(f"plan must be a file written by plan.save, got {str(path)!r}, which is something else")
+        if document.get("version") != PLAN_VERSION:
+            raise ConfigError(
+                f"plan files of version {PLAN_VERSION} are read, got version {document.get('version')!r} in "
+                f"{str(path)!r}: write it again with this release"
+            )
+        try:
+            return cls({key: _from_jsonable(entry) for key, entry in document["decisions"].items()})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"plan {str(path)!r} holds a decision that cannot be read ({error!r}): write it again with plan.save"
+            ) from error
+
+    def select(self, rows: Sequence[SavedTensor]) -> "Plan":
+        """The decisions for ``rows``, in their order.
+
+        Raises:
+            ConfigError: When a row has no decision: the plan belongs to another model.
+        """
+        for row in rows:
+            if row.key not in self.decisions:
+                raise ConfigError(
+                    f"plan must cover every saved tensor of the model, got one without an entry for {row.key!r} "
+                    f"({row.op} in {row.module or 'the model'}): it was made for another model; make one for this model"
+                )
+        return Plan({row.key: self.decisions[row.key] for row in rows})
+
+    def merged(self, other: "Plan") -> "Plan":
+        """This plan with the decisions of ``other`` added."""
+        return replace(self, decisions={**self.decisions, **other.decisions})
+
+
+def _to_jsonable(decision: Decision) -> dict[str, Any]:
+    entry = {name: value for name, value in asdict(decision).items() if value is not None}
+    entry["action"] = str(decision.action)
+    if decision.dtype is not None:
+        entry["dtype"] = str(decision.dtype).removeprefix("torch.")
+    return entry
+
+
+def _from_jsonable(entry: dict[str, Any]) -> Decision:
+    values = dict(entry)
+    values["action"] = Action(values["action"])
+    if "dtype" in values:
+        values["dtype"] = getattr(torch, values["dtype"])
+    return Decision(**values)

@@ -1,0 +1,69 @@
+"""What is remembered about the graphs of this process, for reports."""
+
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from .config import Config
+from .memory import Timeline, step_timeline
+from .plan import Plan, Role, SavedTensor
+from .planner import stored_nbytes
+
+_records: list["GraphRecord"] = []
+
+
+class GraphRecord:
+    """One compiled training graph: its rows, its plan and the parameters it was called with."""
+
+    def __init__(self, config: Config, roles: Sequence[Role]) -> None:
+        self.config = config
+        self.rows: list[SavedTensor] = []
+        self.plan = Plan()
+        self.baseline_nbytes = 0
+        self.timeline: Timeline | None = None
+        self._roles = roles
+        self._parameters: list[weakref.ref[torch.Tensor]] | None = None
+
+    def finish(self, rows: Sequence[SavedTensor], plan: Plan, baseline_nbytes: int, pair: Any) -> None:
+        """Fills in what the partitioner found."""
+        self.rows, self.plan, self.baseline_nbytes = list(rows), plan, baseline_nbytes
+        self.timeline = step_timeline(pair.forward.graph, pair.backward.graph)
+
+    def see_parameters(self, args: Sequence[Any]) -> None:
+        """Remembers, at the first call, whose parameters the graph works on."""
+        if self._parameters is None:
+            pairs = zip(self._roles, args, strict=False)
+            self._parameters = [weakref.ref(value) for role, value in pairs if role is Role.PARAMETER]
+
+    def belongs_to(self, parameters: Iterable[torch.Tensor]) -> bool:
+        """Whether the graph was called with one of ``parameters``."""
+        known = {id(parameter) for parameter in parameters}
+        return any(id(reference()) in known for reference in self._parameters or ())
+
+    def summary(self) -> str:
+        """One line for the log."""
+        counted = [row for row in self.rows if row.role in (Role.ACTIVATION, Role.BOUNDARY)]
+        saved = sum(stored_nbytes(row, self.plan[row.key]) for row in counted)
+        return (
+            f"{len(counted)} saved tensors, {saved / 2**20:.1f} MiB stored, "
+            f"{self.baseline_nbytes / 2**20:.1f} MiB with torch.compile"
+        )
+
+
+def add(config: Config, roles: Sequence[Role]) -> GraphRecord:
+    """A new record, kept until ``clear``."""
+    record = GraphRecord(config, roles)
+    _records.append(record)
+    return record
+
+
+def finished() -> list[GraphRecord]:
+    """Records of graphs whose partition is done, oldest first."""
+    return [record for record in _records if record.rows]
+
+
+def clear() -> None:
+    """Forgets all records."""
+    _records.clear()

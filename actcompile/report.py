@@ -1,0 +1,188 @@
+"""What was saved, what is stored instead, and why: as a table, HTML, JSON or a plot."""
+
+import html
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tabulate import tabulate
+
+from .memory import Timeline
+from .plan import Role
+from .planner import stored_nbytes
+from .records import GraphRecord
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_COLUMNS = ("module", "op", "shape", "dtype", "saved MiB", "action", "bits", "stored MiB", "kind", "reason")
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One saved tensor. ``nbytes`` is its own size, ``stored_nbytes`` what is stored, metadata included.
+
+    ``kind`` is "leaf" when an error stays in one gradient and "path" when it travels on. ``sensitivity`` and
+    ``predicted_noise`` are None as long as nothing measured them.
+    """
+
+    name: str
+    op: str
+    module: str
+    source: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    nbytes: int
+    action: str
+    bits: int | None
+    stored_nbytes: int
+    kind: str
+    role: str
+    reason: str
+    sensitivity: float | None = None
+    predicted_noise: float | None = None
+
+    @property
+    def counts(self) -> bool:
+        """Whether the bytes are there for the backward alone: neither a parameter nor an input of the caller's."""
+        return self.role in (Role.ACTIVATION, Role.BOUNDARY)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The saved tensors of one or more graphs.
+
+    ``baseline_nbytes`` is what ``torch.compile`` saves for the same graphs. Totals leave out parameters and the
+    caller's inputs on both sides.
+    """
+
+    rows: tuple[ReportRow, ...]
+    baseline_nbytes: int
+    timelines: tuple[Timeline, ...] = ()
+    predicted_noise: float | None = None
+
+    @property
+    def saved_nbytes(self) -> int:
+        """Bytes that the forward passes to the backward."""
+        return sum(row.stored_nbytes for row in self.rows if row.counts)
+
+    @property
+    def ratio(self) -> float:
+        """How many times fewer bytes are stored than torch.compile saves."""
+        return self.baseline_nbytes / self.saved_nbytes if self.saved_nbytes else 1.0
+
+    @property
+    def predicted_peak_nbytes(self) -> int:
+        """The most bytes alive at once in a step, without parameters, optimizer state and fusion."""
+        return max((timeline.peak_nbytes for timeline in self.timelines), default=0)
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "No training graph has been compiled yet: run a step first."
+        return f"{tabulate(self._cells(), _COLUMNS, disable_numparse=True)}\n{self._total()}"
+
+    def _repr_html_(self) -> str:
+        if not self.rows:
+            return f"<p>{html.escape(str(self))}</p>"
+        return f"{tabulate(self._cells(), _COLUMNS, tablefmt='html', disable_numparse=True)}<p>{self._total()}</p>"
+
+    def to_json(self) -> str:
+        """All rows and totals as a JSON document."""
+        rows = [asdict(row) | {"dtype": str(row.dtype).removeprefix("torch.")} for row in self.rows]
+        names = ("saved_nbytes", "baseline_nbytes", "ratio", "predicted_noise", "predicted_peak_nbytes")
+        totals = {name: getattr(self, name) for name in names}
+        return json.dumps({**totals, "rows": rows}, indent=1)
+
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Draws bits per tensor and the memory timeline of a step; writes it to ``path`` if that is given.
+
+        Raises:
+            ImportError: When matplotlib is missing.
+        """
+        from ._plot import plot_report
+
+        return plot_report(self, path)
+
+    def _total(self) -> str:
+        return (
+            f"stored {self.saved_nbytes / MIB:.2f} MiB, torch.compile saves {self.baseline_nbytes / MIB:.2f} MiB: "
+            f"{self.ratio:.1f}x less"
+        )
+
+    def _cells(self) -> list[list[str]]:
+        return [_cell_row(rows) for rows in fold_layers([row for row in self.rows if row.counts])]
+
+
+def fold_layers(rows: Sequence[ReportRow]) -> list[list[ReportRow]]:
+    """Groups rows that differ in the number of their layer alone, in the order of their first."""
+    groups: dict[tuple[object, ...], list[ReportRow]] = {}
+    for row in rows:
+        pattern = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", row.module)
+        ordinal = sum(1 for other in groups.get(_fold_key(row, pattern, 0), ()) if other.module == row.module)
+        position = ordinal
+        key = _fold_key(row, pattern, position)
+        while any(other.module == row.module for other in groups.get(key, ())):
+            position += 1
+            key = _fold_key(row, pattern, position)
+        groups.setdefault(key, []).append(row)
+    return list(groups.values())
+
+
+def _fold_key(row: ReportRow, pattern: str, position: int) -> tuple[object, ...]:
+    return pattern, row.op, row.shape, row.dtype, row.action, row.bits, row.kind, row.role, row.reason, position
+
+
+def _cell_row(rows: Sequence[ReportRow]) -> list[str]:
+    first, count = rows[0], len(rows)
+    return [
+        _folded_name([row.module for row in rows]) + (f" (x{count})" if count > 1 else ""),
+        first.op,
+        "x".join(map(str, first.shape)) or "scalar",
+        str(first.dtype).removeprefix("torch."),
+        f"{sum(row.nbytes for row in rows) / MIB:.3f}",
+        first.action,
+        str(first.bits or ""),
+        f"{sum(row.stored_nbytes for row in rows) / MIB:.3f}",
+        first.kind,
+        first.reason,
+    ]
+
+
+def _folded_name(modules: Sequence[str]) -> str:
+    """ "blocks.0.fc", ..., "blocks.3.fc" -> "blocks.0-3.fc"; what runs with gaps is listed by first and last."""
+    parts = [module.split(".") for module in modules]
+    return ".".join(
+        column[0] if len(set(column)) == 1 else f"{column[0]}-{column[-1]}" for column in zip(*parts, strict=True)
+    )
+
+
+def make_report(records: Sequence[GraphRecord]) -> Report:
+    """The report on ``records``."""
+    rows = []
+    for record in records:
+        for row in record.rows:
+            decision = record.plan[row.key]
+            rows.append(
+                ReportRow(
+                    name=row.name,
+                    op=row.op,
+                    module=row.module,
+                    source=row.source,
+                    shape=row.shape,
+                    dtype=row.dtype,
+                    nbytes=row.nbytes,
+                    action=str(decision.action),
+                    bits=decision.bits,
+                    stored_nbytes=stored_nbytes(row, decision),
+                    kind=row.kind,
+                    role=str(row.role),
+                    reason=decision.reason,
+                )
+            )
+    timelines = tuple(record.timeline for record in records if record.timeline is not None)
+    return Report(tuple(rows), sum(record.baseline_nbytes for record in records), timelines)

@@ -1,0 +1,317 @@
+"""The pair of graphs that the passes rewrite, and what they share to do so."""
+
+import operator
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+from actcompile import triton_kernels as _operators  # noqa: F401  defines them
+from actcompile.plan import Role
+
+aten = torch.ops.aten
+
+# Forward outputs carry this flag when autograd must not check their version; what replaces them carries it too.
+NO_VERSION_CHECK = "saved_tensor_with_no_vc_check"
+
+# Operators whose result holds the values of their first argument, rearranged or repeated.
+VIEW_OPS = frozenset(
+    {
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.reshape.default,
+        aten.permute.default,
+        aten.transpose.int,
+        aten.t.default,
+        aten.unsqueeze.default,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.alias.default,
+        aten.expand.default,
+    }
+)
+COMPARISONS = frozenset(
+    {aten.le.Scalar, aten.lt.Scalar, aten.ge.Scalar, aten.gt.Scalar, aten.eq.Scalar, aten.ne.Scalar}
+)
+VALUE_PRESERVING_OPS = VIEW_OPS | {aten.clone.default}
+
+
+@dataclass
+class Slot:
+    """What crosses from the forward to the backward for one saved tensor.
+
+    ``outputs`` are nodes of the forward, ``placeholders`` the nodes of the backward that receive them, pairwise.
+    """
+
+    key: str
+    outputs: list[fx.Node]
+    placeholders: list[fx.Node]
+
+    @property
+    def source(self) -> fx.Node:
+        """The saved tensor's forward node, as long as nothing replaced it."""
+        assert len(self.outputs) == 1, self
+        return self.outputs[0]
+
+    @property
+    def placeholder(self) -> fx.Node:
+        """The saved tensor's backward node, as long as nothing replaced it."""
+        assert len(self.placeholders) == 1, self
+        return self.placeholders[0]
+
+
+@dataclass
+class GraphPair:
+    """Forward and backward after the partition; saved tensors are matched by position, once, here."""
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    user_outputs: list[Any]
+    slots: list[Slot]
+    trailing_outputs: list[Any]
+    symbol_placeholders: list[fx.Node]
+    seed: fx.Node | None
+    roles: dict[fx.Node, Role]
+    descriptors: dict[Any, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_partition(
+        cls,
+        forward: fx.GraphModule,
+        backward: fx.GraphModule,
+        num_user_outputs: int,
+        input_roles: Sequence[Role],
+    ) -> "GraphPair":
+        """Matches the outputs of ``forward`` with the placeholders of ``backward``.
+
+        The forward ends with saved tensors, opaque objects and symbolic sizes; the backward begins with the symbolic
+        sizes and the saved tensors. ``input_roles`` are those of the graph's inputs; a seed is the last of them.
+        """
+        output = forward.graph.output_node()
+        (outputs,) = output.args
+        assert isinstance(outputs, Sequence)
+        saved = list(outputs[num_user_outputs:])
+        tensors = [node for node in saved if isinstance(node.meta.get("val"), torch.Tensor)]
+        assert saved[: len(tensors)] == tensors, saved
+        trailing = saved[len(tensors) :]
+        num_symbols = sum(isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | int) for node in trailing)
+        placeholders = backward.graph.find_nodes(op="placeholder")
+        received = placeholders[num_symbols : num_symbols + len(tensors)]
+        descriptors = dict(zip(outputs, output.meta["desc"], strict=True)) if "desc" in output.meta else {}
+        return cls(
+            forward,
+            backward,
+            user_outputs=list(outputs[:num_user_outputs]),
+            slots=[
+                Slot(key, [node], [placeholder])
+                for key, node, placeholder in zip(saved_keys(tensors), tensors, received, strict=True)
+            ],
+            trailing_outputs=trailing,
+            symbol_placeholders=placeholders[:num_symbols],
+            seed=_find_seed(forward) if Role.SEED in input_roles else None,
+            roles=_placeholder_roles(forward, input_roles),
+            descriptors=descriptors,
+        )
+
+    def sync(self) -> None:
+        """Writes the slots into both graphs: the forward's outputs and the order of the backward's placeholders."""
+        self.slots = [slot for slot in self.slots if slot.outputs]
+        # Autograd slices its saved tensors into those under version check and those without.
+        self.slots.sort(key=lambda slot: bool(slot.outputs[0].meta.get(NO_VERSION_CHECK, False)))
+        output = self.forward.graph.output_node()
+        saved = [node for slot in self.slots for node in slot.outputs]
+        outputs = [*self.user_outputs, *saved, *self.trailing_outputs]
+        output.args = (tuple(outputs),)
+        if "desc" in output.meta:
+            output.meta["desc"] = [self.descriptors.get(node) for node in outputs]
+        placeholders = self.backward.graph.find_nodes(op="placeholder")
+        received = [*self.symbol_placeholders, *(node for slot in self.slots for node in slot.placeholders)]
+        rest = [node for node in placeholders if node not in set(received)]
+        anchor = self.backward.graph._root
+        for node in [*received, *rest]:
+            anchor.append(node)
+            anchor = node
+
+    def replace(self, slot: Slot, outputs: Sequence[fx.Node], like: Sequence[Any] | None = None) -> list[fx.Node]:
+        """Lets ``outputs`` cross in place of what ``slot`` holds; returns their new placeholders.
+
+        The old placeholders stay until ``drop`` removes them, so that their users can be moved first.
+        """
+        source = slot.outputs[0]
+        anchor = slot.placeholders[-1]
+        created = []
+        for position, node in enumerate(outputs):
+            node.meta[NO_VERSION_CHECK] = source.meta.get(NO_VERSION_CHECK, False)
+            if source in self.descriptors:
+                self.descriptors[node] = self.descriptors[source]
+            with self.backward.graph.inserting_after(anchor):
+                anchor = self.backward.graph.placeholder(f"{slot.placeholders[0].name}_{position}")
+            anchor.meta["val"] = node.meta["val"]
+            created.append(anchor)
+        slot.outputs, slot.placeholders = list(outputs), created
+        return created
+
+    def add_slot(self, like: Slot, key: str, output: fx.Node) -> fx.Node:
+        """Lets ``output`` cross as well, right behind ``like``; returns its placeholder."""
+        added = Slot(key, list(like.outputs), list(like.placeholders))
+        (placeholder,) = self.replace(added, [output])
+        self.slots.insert(self.slots.index(like) + 1, added)
+        return placeholder
+
+
+def _placeholder_roles(forward: fx.GraphModule, input_roles: Sequence[Role]) -> dict[fx.Node, Role]:
+    """Roles of the forward's placeholders; what cannot be told apart counts as the caller's."""
+    roles = {}
+    for node in forward.graph.find_nodes(op="placeholder"):
+        index = getattr(node.meta.get("desc"), "idx", None)
+        known = index is not None and index < len(input_roles)
+        roles[node] = input_roles[index] if known else Role.INPUT
+    return roles
+
+
+def _find_seed(forward: fx.GraphModule) -> fx.Node:
+    """The placeholder of the rounding seed, the last input of the graph: the last 0-d int64 among the primals."""
+    return [
+        node
+        for node in forward.graph.find_nodes(op="placeholder")
+        if isinstance(node.meta.get("val"), torch.Tensor)
+        and node.meta["val"].dtype == torch.int64
+        and node.meta["val"].dim() == 0
+    ][-1]
+
+
+def is_comparison(node: fx.Node) -> bool:
+    """Whether ``node`` compares a tensor with a constant."""
+    return node.target in COMPARISONS and not isinstance(node.args[1], fx.Node)
+
+
+def retire(placeholder: fx.Node, replacement: fx.Node) -> None:
+    """Lets the users of a placeholder read ``replacement`` and removes it."""
+    placeholder.replace_all_uses_with(replacement)
+    placeholder.graph.erase_node(placeholder)
+
+
+def body_anchor(node: fx.Node) -> fx.Node:
+    """The node to insert behind, so that what reads ``node`` comes after all placeholders."""
+    return node if node.op != "placeholder" else node.graph.find_nodes(op="placeholder")[-1]
+
+
+def size_args(pair: "GraphPair", sizes: Sequence[Any]) -> list[Any]:
+    """Sizes as arguments of a backward node: ints, and nodes that compute the symbolic ones at the insertion point."""
+    return [_size_arg(pair, size) if isinstance(size, torch.SymInt) else size for size in sizes]
+
+
+def _size_arg(pair: "GraphPair", size: torch.SymInt) -> Any:
+    expression = size.node.expr
+    if expression.is_number:
+        return int(expression)
+    graph = pair.backward.graph
+    bound = {node.meta["val"].node.expr: node for node in pair.symbol_placeholders if _is_symbolic(node)}
+    if expression in bound:
+        return bound[expression]
+    before = set(graph.nodes)
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    environment = {symbol: fx.Proxy(node, tracer) for symbol, node in bound.items() if symbol.is_symbol}
+    result = sympy_interp(PythonReferenceAnalysis, environment, expression)
+    for node in graph.nodes:
+        if node not in before:
+            node.meta["val"] = node.target(*fx.node.map_arg(node.args, lambda n: n.meta["val"]))
+    return result.node
+
+
+def _is_symbolic(node: fx.Node) -> bool:
+    return isinstance(node.meta["val"], torch.SymInt)
+
+
+def call(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+    """Inserts a call at the graph's insertion point and gives it the ``val`` that its fake tensors say."""
+    node = graph.call_function(target, args, kwargs)
+    values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+    fake_mode = _fake_mode(values)
+    with fake_mode:
+        node.meta["val"] = target(*values[0], **values[1])
+    return node
+
+
+def unpack_call(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
+    """Inserts the getitems of a node that returns a tuple, right behind it."""
+    items, anchor = [], node
+    for position in range(len(node.meta["val"])):
+        with graph.inserting_after(anchor):
+            anchor = graph.call_function(operator.getitem, (node, position))
+        anchor.meta["val"] = node.meta["val"][position]
+        items.append(anchor)
+    return items
+
+
+def _fake_mode(values: Any) -> Any:
+    modes = [
+        leaf.fake_mode
+        for leaf in torch.utils._pytree.tree_leaves(values)
+        if isinstance(leaf, torch._subclasses.FakeTensor)
+    ]
+    assert modes, values
+    return modes[0]
+
+
+def value_chain(node: fx.Node) -> list[fx.Node]:
+    """``node`` and the nodes above it that hold the same values, up to the first that computes them."""
+    chain = [node]
+    while chain[-1].target in VALUE_PRESERVING_OPS and len(chain[-1].all_input_nodes) == 1:
+        chain.extend(chain[-1].all_input_nodes)
+    return chain
+
+
+def first_user(node: fx.Node) -> fx.Node:
+    """The user of ``node`` that comes first in its graph."""
+    return next(user for user in node.graph.nodes if user in node.users)
+
+
+def hint(value: Any) -> int:
+    """A size as an int: of a symbolic size, the one of the traced call."""
+    if isinstance(value, torch.SymInt):
+        known = value.node.hint
+        return 0 if known is None else int(known)
+    return int(value)
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted path of the module that computed ``node``, or an empty string for the model itself."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    if not stack:
+        return ""
+    # "L['self'].layers.0.fc", "L['self']._modules['layers']._modules['0']" and the like.
+    names = re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", str(stack[-1][0])).split(".")
+    return ".".join(name for name in names[2:] if name and name != "_modules")
+
+
+def operator_name(node: fx.Node) -> str:
+    """Short name of what computed ``node``: "addmm", "gelu", "placeholder"."""
+    if node.op != "call_function":
+        return node.op
+    if node.target is operator.getitem:
+        (above, *_) = node.all_input_nodes
+        return operator_name(above)
+    name = getattr(node.target, "__name__", str(node.target))
+    return name.split(".")[0]
+
+
+def source_line(node: fx.Node) -> str:
+    """``file.py:line`` of the user's code that made ``node``, or an empty string."""
+    found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return f"{found[-1][0].rsplit('/', 1)[-1]}:{found[-1][1]}" if found else ""
+
+
+def saved_keys(nodes: Sequence[fx.Node]) -> Iterator[str]:
+    """One key per saved tensor that survives other batch sizes, ranks and restarts: module, operator, number."""
+    seen: dict[str, int] = {}
+    for node in nodes:
+        stem = f"{module_path(node)}/{operator_name(node)}"
+        seen[stem] = seen.get(stem, 0) + 1
+        yield stem if seen[stem] == 1 else f"{stem}#{seen[stem]}"

@@ -1,0 +1,100 @@
+"""Stores codes in place of saved tensors. Changes numerics: unbiased rounding noise in what the backward reads.
+
+    forward:   x = ...;  return ..., x
+    backward:  def backward(x, ...): y = f(x)
+becomes
+    forward:   x = ...;  codes, scale, zero = quantize(x, bits, group_size, seed, salt);  return ..., codes, scale, zero
+    backward:  def backward(codes, scale, zero, ...): y = f(dequantize(codes, scale, zero, ...))
+
+    1. QUANTIZE   as above. Users that only compare x with a constant get the exact comparison, made in the forward.
+    2. COMPARE    all users compare x with constants: only the results of that are saved.
+    3. NARROW     integers are cast down in the forward and up again in the backward.
+    4. expanded   a dimension of stride 0 is stored once and expanded again.
+
+Never touches: rows that the plan keeps, graph inputs that the caller holds, outputs of the graph.
+"""
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+from actcompile.plan import Action, Decision, Plan
+
+from ._fx import GraphPair, Slot, body_anchor, call, first_user, is_comparison, retire, size_args, unpack_call
+
+aten = torch.ops.aten
+convert = torch.ops.prims.convert_element_type.default
+
+
+def insert_codecs(pair: GraphPair, plan: Plan) -> None:
+    """Rewrites every slot that ``plan`` quantizes, compares or narrows.
+
+    Raises:
+        KeyError: When the plan has no decision for a slot.
+    """
+    for salt, slot in enumerate(list(pair.slots)):
+        decision = plan[slot.key]
+        if decision.action in (Action.QUANTIZE, Action.COMPARE):
+            _hoist_comparisons(pair, slot)
+        if decision.action is Action.QUANTIZE:
+            _quantize(pair, slot, decision, salt)
+        elif decision.action is Action.NARROW:
+            _narrow(pair, slot, decision)
+        elif decision.action is Action.COMPARE:
+            pair.backward.graph.erase_node(slot.placeholder)
+            slot.outputs, slot.placeholders = [], []
+    pair.sync()
+
+
+def _quantize(pair: GraphPair, slot: Slot, decision: Decision, salt: int) -> None:
+    assert pair.seed is not None, "a plan with lossy codecs needs the seed"
+    source, placeholder = slot.source, slot.placeholder
+    bits, group_size = decision.bits, decision.group_size
+    stored = _dense_base(pair.forward.graph, source)
+    with pair.forward.graph.inserting_after(body_anchor(stored)):
+        codec = call(
+            pair.forward.graph, torch.ops.actcompile.quantize.default, stored, bits, group_size, pair.seed, salt
+        )
+    received = pair.replace(slot, unpack_call(pair.forward.graph, codec))
+    value = stored.meta["val"]
+    with pair.backward.graph.inserting_before(first_user(placeholder)):
+        layout = (*(size_args(pair, sizes) for sizes in (value.shape, value.stride())), value.dtype)
+        decoded = call(
+            pair.backward.graph, torch.ops.actcompile.dequantize.default, *received, bits, group_size, *layout
+        )
+        if stored is not source:
+            decoded = call(pair.backward.graph, aten.expand.default, decoded, size_args(pair, source.meta["val"].shape))
+    retire(placeholder, decoded)
+
+
+def _narrow(pair: GraphPair, slot: Slot, decision: Decision) -> None:
+    source, placeholder = slot.source, slot.placeholder
+    with pair.forward.graph.inserting_after(source):
+        narrow = call(pair.forward.graph, convert, source, decision.dtype)
+    (received,) = pair.replace(slot, [narrow])
+    with pair.backward.graph.inserting_before(first_user(placeholder)):
+        wide = call(pair.backward.graph, convert, received, source.meta["val"].dtype)
+    retire(placeholder, wide)
+
+
+def _hoist_comparisons(pair: GraphPair, slot: Slot) -> None:
+    """Makes the comparisons of the backward with constants in the forward, where the exact value is."""
+    results: dict[object, fx.Node] = {}
+    for user in [user for user in slot.placeholder.users if is_comparison(user)]:
+        made = results.get((user.target, user.args[1]))
+        if made is None:
+            with pair.forward.graph.inserting_after(slot.source):
+                mask = call(pair.forward.graph, user.target, slot.source, user.args[1])
+            made = results[user.target, user.args[1]] = pair.add_slot(slot, f"{slot.key}/compare{len(results)}", mask)
+        user.replace_all_uses_with(made)
+        pair.backward.graph.erase_node(user)
+
+
+def _dense_base(graph: fx.Graph, source: fx.Node) -> fx.Node:
+    """``source`` with every expanded dimension cut to one element, or ``source`` itself."""
+    value, base = source.meta["val"], source
+    for dim, (size, stride) in enumerate(zip(value.shape, value.stride(), strict=True)):
+        if guard_or_false(stride == 0) and not guard_or_false(size == 1):
+            with graph.inserting_after(base):
+                base = call(graph, aten.slice.Tensor, base, dim, 0, 1)
+    return base

@@ -1,0 +1,125 @@
+"""Lowers codec operators to what Inductor compiles. Lossless.
+
+    quantize(x, ...)      ->  quantize_compiled(x, ...)                one body per format, compiled once (CPU)
+    dequantize(codes...)  ->  pointwise over the element's position    fused into whatever reads it (CPU)
+    unpack_bool(packed)   ->  pointwise over the element's position    fused into whatever reads it (CPU)
+
+On CUDA the operators stay as they are and launch their Triton kernels. Interpreted graphs keep the operators, too.
+
+Decoding has Inductor lowerings of its own instead of ATen operators: one node instead of ten per saved tensor to trace,
+fuse and schedule, and a loop whose innermost index runs along the bytes, which vectorizes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch._inductor import ir
+from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
+from torch._inductor.utils import sympy_product
+from torch._inductor.virtualized import ops
+from torch.utils._sympy.functions import FloorDiv, ModularIndexing
+
+from actcompile.plan import Plan
+
+from ..triton_kernels import _compiled_cpu  # noqa: F401  defines quantize_compiled
+from ..triton_kernels._layout import storage_permutation
+from ..triton_kernels.quantize import PLANES
+from ._fx import GraphPair
+
+aten = torch.ops.aten
+actcompile = torch.ops.actcompile
+
+_COMPILED_ON_CPU = {actcompile.quantize.default: actcompile.quantize_compiled.default}
+
+
+def lower_encoders(pair: GraphPair, plan: Plan) -> None:
+    """Points encoders on the CPU to their compiled bodies."""
+    for node in pair.forward.graph.nodes:
+        if node.target in _COMPILED_ON_CPU and node.args[0].meta["val"].device.type == "cpu":
+            node.target = _COMPILED_ON_CPU[node.target]
+
+
+def _constant(value: int) -> Any:
+    return ops.constant(value, torch.int32)
+
+
+def _field(byte: Any, position: sympy.Expr, width: int) -> Any:
+    """The field of ``width`` bits at ``position`` in a byte."""
+    value = ops.to_dtype(byte, torch.int32)
+    if width == 8:
+        return value
+    shifted = ops.bitwise_right_shift(value, ops.index_expr(position * width, torch.int32))
+    return ops.bitwise_and(shifted, _constant(2**width - 1))
+
+
+def _restore(value: ir.TensorBox, shape: Sequence[Any], stride: Sequence[Any]) -> ir.TensorBox:
+    """The first elements of ``value``, in storage order, as ``shape`` with ``stride``."""
+    numel, order = sympy_product(shape), storage_permutation(shape, stride)
+    flat = lowerings[aten.view](value, [sympy_product(value.get_size())])
+    if flat.get_size()[0] != numel:
+        flat = lowerings[aten.slice](flat, 0, 0, numel)
+    stored = lowerings[aten.view](flat, [shape[dim] for dim in order])
+    return lowerings[aten.permute](stored, [order.index(dim) for dim in range(len(order))])
+
+
+@register_lowering(actcompile.dequantize.default, type_promotion_kind=None)
+def _lower_dequantize(
+    codes: ir.TensorBox,
+    scale: ir.TensorBox,
+    zero: ir.TensorBox,
+    bits: int,
+    group_size: int,
+    shape: Sequence[Any],
+    stride: Sequence[Any],
+    dtype: torch.dtype,
+) -> Any:
+    if codes.get_device().type != "cpu":
+        handler = fallback_handler(actcompile.dequantize.default, add_to_fallback_set=False)
+        return handler(codes, scale, zero, bits, group_size, shape, stride, dtype)
+    (groups,) = scale.get_size()
+    load_codes, load_scale, load_zero = codes.make_loader(), scale.make_loader(), zero.make_loader()
+    # Loops over [group, part, column]: the parts of the narrowest plane, each a run of bytes in every plane.
+    parts = 8 // min(PLANES[bits])
+    run = group_size // parts
+
+    def decode(index: Sequence[sympy.Expr]) -> Any:
+        group, part, column = index
+        code, start, offset = None, sympy.Integer(0), 0
+        for width in PLANES[bits]:
+            nbytes = group_size * width // 8
+            # A wider plane holds several parts side by side in one field.
+            beside = nbytes // run
+            within = ModularIndexing(part, 1, beside) * run + column
+            value = _field(load_codes([start + group * nbytes + within]), FloorDiv(part, beside), width)
+            value = ops.bitwise_left_shift(value, _constant(offset)) if offset else value
+            code = value if code is None else ops.bitwise_or(code, value)
+            start, offset = start + groups * nbytes, offset + width
+        step = ops.to_dtype(load_scale([group]), torch.float32)
+        result = ops.add(
+            ops.to_dtype(load_zero([group]), torch.float32), ops.mul(step, ops.to_dtype(code, torch.float32))
+        )
+        if dtype == torch.float16:
+            result = ops.minimum(result, ops.constant(torch.finfo(dtype).max, torch.float32))
+        return ops.to_dtype(result, dtype)
+
+    device = codes.get_device()
+    decoded = ir.Pointwise.create(device=device, dtype=dtype, inner_fn=decode, ranges=[groups, parts, run])
+    return _restore(decoded, shape, stride)
+
+
+@register_lowering(actcompile.unpack_bool.default, type_promotion_kind=None)
+def _lower_unpack_bool(packed: ir.TensorBox, shape: Sequence[Any], stride: Sequence[Any] | None = None) -> Any:
+    if packed.get_device().type != "cpu":
+        return fallback_handler(actcompile.unpack_bool.default, add_to_fallback_set=False)(packed, shape, stride)
+    (nbytes,) = packed.get_size()
+    load = packed.make_loader()
+
+    def decode(index: Sequence[sympy.Expr]) -> Any:
+        position, byte = index
+        return ops.ne(_field(load([byte]), position, 1), _constant(0))
+
+    device = packed.get_device()
+    mask = ir.Pointwise.create(device=device, dtype=torch.bool, inner_fn=decode, ranges=[sympy.Integer(8), nbytes])
+    return _restore(mask, shape, stride if stride is not None else ir.FlexibleLayout.contiguous_strides(shape))

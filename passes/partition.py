@@ -1,0 +1,91 @@
+"""Splits the joint graph: what must be kept for the backward at all. Lossless.
+
+    recompute="none"     what torch.compile saves
+    recompute="cheap"    what is left when pointwise operators and normalizations run again in the backward, no matrix
+                         product does, and the residual stream is stored, not summed up again
+
+What is saved is then normalised:
+
+    1. saved(view(x))                   ->  saved(x), view again in the backward
+    2. saved(a(x)), saved(b(x))         ->  saved(x) once, where a and b only rearrange x (views, clones)
+    3. saved(expand(x))                 ->  saved(x), expanded again: grouped keys and values before they are repeated
+    4. saved(permute(parameter))        ->  saved(parameter)
+
+The tensor that is saved in place of others never has more elements than they have.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch_config
+from torch import fx
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+from actcompile.plan import Role
+
+from ._fx import GraphPair, Slot, first_user, hint, retire, value_chain
+
+# Bans on recomputing that "cheap" lifts; the ban on what is used far apart stays, it keeps the residual stream.
+_CHEAP = {"ban_recompute_long_fusible_chains": False, "ban_recompute_materialized_backward": False}
+
+
+def partition(
+    joint: fx.GraphModule, joint_inputs: Sequence[object], *, recompute: str, **kwargs: Any
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Forward and backward graphs of ``joint``; ``kwargs`` are what AOTAutograd hands to a partitioner."""
+    with functorch_config.patch(_CHEAP if recompute == "cheap" else {}):
+        return min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
+
+
+def baseline_nbytes(joint: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> int:
+    """Bytes that torch.compile would save for ``joint``, parameters and graph inputs left out."""
+    forward, _ = min_cut_rematerialization_partition(copy.deepcopy(joint), joint_inputs, **kwargs)
+    (outputs,) = forward.graph.output_node().args
+    assert isinstance(outputs, Sequence)
+    saved = [node for node in outputs[kwargs["num_fwd_outputs"] :] if isinstance(node, fx.Node)]
+    return sum(tensor_nbytes(node.meta["val"]) for node in saved if value_chain(node)[-1].op != "placeholder")
+
+
+def tensor_nbytes(value: object) -> int:
+    """Bytes of a traced tensor; 0 for anything else."""
+    return hint(value.numel()) * value.element_size() if isinstance(value, torch.Tensor) else 0
+
+
+def share_saved_values(pair: GraphPair) -> None:
+    """Saves the values that several saved tensors rearrange once; see the module docstring."""
+    groups: dict[fx.Node, list[Slot]] = {}
+    for slot in pair.slots:
+        groups.setdefault(value_chain(slot.source)[-1], []).append(slot)
+    for root, slots in groups.items():
+        direct = next((slot for slot in slots if slot.source is root), None)
+        if direct is None and not _worth_saving(pair, root, slots):
+            continue
+        received = [slot.placeholder for slot in slots]
+        chains = [value_chain(slot.source)[:-1] for slot in slots]
+        keeper = direct or slots[0]
+        placeholder = keeper.placeholder if direct else pair.replace(keeper, [root])[0]
+        for slot, old, chain in zip(slots, received, chains, strict=True):
+            if old is not placeholder:
+                _rebuild(pair.backward.graph, chain, placeholder, old)
+            if slot is not keeper:
+                slot.outputs, slot.placeholders = [], []
+    pair.sync()
+
+
+def _worth_saving(pair: GraphPair, root: fx.Node, slots: Sequence[Slot]) -> bool:
+    if root.op == "placeholder":
+        return pair.roles.get(root) is Role.PARAMETER
+    numel = hint(slots[0].source.meta["val"].numel())
+    return len(slots) > 1 or hint(root.meta["val"].numel()) < numel
+
+
+def _rebuild(graph: fx.Graph, chain: Sequence[fx.Node], root: fx.Node, old: fx.Node) -> None:
+    """Applies ``chain`` (last operator first) to ``root`` right before the first user of ``old``, and drops ``old``."""
+    value = root
+    with graph.inserting_before(first_user(old)):
+        for node in reversed(chain):
+            (above,) = node.all_input_nodes
+            value = graph.node_copy(node, {above: value}.__getitem__)
+    retire(old, value)

@@ -1,0 +1,83 @@
+"""Orders both graphs so that stored bytes become peak memory. Lossless.
+
+    forward:   x = f(a);  y = g(x);  ...;  codes = quantize(x);  return y, codes
+    backward:  x = dequantize(codes);  ...;  gy = h(grad, x);  ...;  gw = mm(grad, x)
+becomes
+    forward:   x = f(a);  codes = quantize(x);  y = g(x);  ...;  return y, codes
+    backward:  ...;  x = dequantize(codes);  gy = h(grad, x);  ...;  x2 = dequantize(codes);  gw = mm(grad, x2)
+
+    1. encoders    move up, right behind what they read
+    2. decoders    move down to their first user, and run again for users that come much later
+    3. recomputed  forward operators move down to their first user in the backward, the last ones first
+
+The compiler's scheduler keeps this order where nothing cheaper in memory offers itself, because what it lowers late it
+runs late; buffers must not be handed on from one use to the next across the graph (``allow_buffer_reuse`` off), or
+freed ones stay allocated until then.
+
+Never touches: the order of anything that reads a tangent.
+"""
+
+import operator
+
+import torch
+from torch import fx
+
+from actcompile.plan import Plan
+
+from ._fx import GraphPair, body_anchor
+
+ENCODERS = frozenset({torch.ops.actcompile.quantize.default, torch.ops.actcompile.pack_bool.default})
+DECODERS = frozenset({torch.ops.actcompile.dequantize.default, torch.ops.actcompile.unpack_bool.default})
+
+# Users of a decoded tensor that lie further apart than this many nodes each get a decoding of their own.
+_NEARBY = 12
+
+
+def place_codecs(pair: GraphPair, plan: Plan) -> None:
+    """Moves encoders up, decoders and recomputed operators down."""
+    for node in [n for n in pair.forward.graph.nodes if n.target in ENCODERS]:
+        _hoist(node)
+    _sink_independent(pair.backward.graph)
+    for node in [n for n in pair.backward.graph.nodes if n.target in DECODERS]:
+        _split(node)
+
+
+def _hoist(encoder: fx.Node) -> None:
+    """Moves ``encoder`` and its results right behind the last of its inputs."""
+    order = {node: position for position, node in enumerate(encoder.graph.nodes)}
+    anchor = body_anchor(max(encoder.all_input_nodes, key=order.__getitem__))
+    # An operator with several results is only there once its getitems are.
+    while anchor.next.target is operator.getitem:
+        anchor = anchor.next
+    for node in (encoder, *(user for user in encoder.users if user.target is operator.getitem)):
+        anchor.append(node)
+        anchor = node
+
+
+def _sink_independent(graph: fx.Graph) -> None:
+    """Moves every node that no tangent reaches to its first user; users are placed before what they read."""
+    dependent: set[fx.Node] = set()
+    for node in graph.nodes:
+        is_tangent = node.op == "placeholder" and "tangents" in node.name
+        if is_tangent or any(source in dependent for source in node.all_input_nodes):
+            dependent.add(node)
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and node not in dependent and node.users and not node.is_impure():
+            following = node.next
+            while following not in node.users:
+                following = following.next
+            following.prepend(node)
+
+
+def _split(decoder: fx.Node) -> None:
+    """Gives users of ``decoder`` that lie far from the others a copy of it, so that nothing decoded waits for them."""
+    graph = decoder.graph
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    current, last = decoder, None
+    for user in sorted(decoder.users, key=order.__getitem__):
+        if last is not None and order[user] - order[last] > _NEARBY:
+            with graph.inserting_before(user):
+                current = graph.node_copy(decoder)
+        if current is not decoder:
+            user.replace_input_with(decoder, current)
+        last = user

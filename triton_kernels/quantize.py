@@ -1,0 +1,244 @@
+"""Group-wise quantization to 1, 2, 3, 4, 6 or 8 bits with unbiased stochastic rounding.
+
+Formula, per group of ``group_size`` consecutive elements in storage order (the last group is padded with copies of
+the tensor's last element):
+
+    zero  = min(group)                                            in the tensor's own dtype, exact
+    scale = (max(group) - zero) / (2**bits - 1)                   bf16, rounded up
+    code  = floor((x - zero) / scale + u),  u uniform in [0, 1)   made against the stored scale and zero
+    x'    = zero + scale * code                                   so that E[x'] = x and |x' - x| < scale
+
+Layout: ``codes`` is uint8, one plane after another for the whole tensor; ``PLANES`` splits a code's bits into planes of
+1, 2, 4 or 8 bits. A plane of w bits holds G * w / 8 bytes per group; byte j of a group holds the elements j,
+j + G * w / 8, j + 2 * G * w / 8, ... from its low bits up. ``scale`` and ``zero`` hold one number per group.
+
+Error: the noise of one element has mean 0 and variance f * (1 - f) * scale**2, f the fractional part of its position.
+Constant groups come back exactly. A group that holds inf or nan comes back as nan, all of it and nothing else.
+
+Bit-exactness: every product that feeds a sum is exact (a bf16 scale times a code of at most 8 bits, a power of two
+times a float), so contraction to FMA changes nothing and the reference, the compiled CPU code and the Triton kernel
+give the same bits.
+
+Source: GACT, section 4 (group-wise quantization with stochastic rounding); the rounding against stored bf16 scales and
+the plane layout are this project's.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._hash import FRACTION_BITS, mix_seed, noise
+from ._layout import from_storage_order, to_storage_order
+
+# bits -> widths of the planes, low bits first.
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,)}
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Smallest and largest scale: its reciprocal and the products with it stay normal fp32 numbers.
+MIN_SCALE, MAX_SCALE = 2.0**-100, 2.0**126
+
+# Rounds the fp32 bit pattern of a positive number up to the next bf16.
+_BF16_CARRY, _BF16_MASK = 0xFFFF, -0x10000
+
+
+def num_groups(numel: int, group_size: int) -> int:
+    """Groups that ``numel`` elements fill, the last one perhaps partly."""
+    return (numel + group_size - 1) // group_size
+
+
+def quantized_nbytes(numel: int, bits: int, group_size: int, dtype: torch.dtype) -> int:
+    """Bytes of codes, scales and zeros for ``numel`` elements; works on symbolic sizes too."""
+    return num_groups(numel, group_size) * (group_size * bits // 8 + torch.bfloat16.itemsize + dtype.itemsize)
+
+
+def quantize_reference(x: Tensor, bits: int, group_size: int, seed: Tensor, salt: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantizes ``x``; see the module docstring for formula and layout.
+
+    Args:
+        x: Float32, bfloat16 or float16, any shape and strides; dense memory formats keep their order.
+        bits: 1, 2, 3, 4, 6 or 8.
+        group_size: A power of two from 32 up.
+        seed: 0-d int64 on x's device; one value per training step.
+        salt: Distinguishes the tensors of one step.
+
+    Returns:
+        codes uint8 [num_groups * group_size * bits / 8], scale bfloat16 [num_groups], zero in x's dtype [num_groups].
+
+    Raises:
+        ValueError: For bits, group sizes or dtypes that the format does not have.
+    """
+    check_arguments(x.dtype, bits, group_size)
+    return encode_groups(group(to_storage_order(x), group_size), bits, seed ^ mix_seed(salt))
+
+
+def group(flat: Tensor, group_size: int) -> Tensor:
+    """[n] -> [num_groups, group_size], the last group filled up with copies of the last element."""
+    missing = -flat.numel() % group_size
+    if missing:
+        flat = torch.cat([flat, flat[-1:].expand(missing)])
+    return flat.view(-1, group_size)
+
+
+def encode_groups(groups: Tensor, bits: int, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The formula for [num_groups, group_size]; compiled as it stands for the CPU."""
+    levels = 2**bits - 1
+    values = groups.float()
+    low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
+    # Halves, so that the spread of huge values does not overflow; exact.
+    spread = high * 0.5 - low * 0.5
+    finite = spread.abs() < math.inf
+    raw = (spread * (2.0 / levels)).clamp(MIN_SCALE, MAX_SCALE)
+    scale = ((raw.view(torch.int32) + _BF16_CARRY) & _BF16_MASK).view(torch.float32)
+
+    inverse, origin, mask = 2.0 / scale, low * 0.5, finite.to(torch.int32) * levels
+    parts = 8 // min(PLANES[bits])
+    width = groups.shape[1] // parts
+    codes = []
+    # Part by part, so that the compiled code packs them in registers instead of storing one code per int32.
+    for part in range(parts):
+        columns = slice(part * width, (part + 1) * width)
+        position = ((values[:, columns] * 0.5 - origin) * inverse).clamp(max=levels)
+        fixed = (position * float(2**FRACTION_BITS)).to(torch.int32)
+        rounded = (fixed + noise(key, groups.shape, columns)) >> FRACTION_BITS
+        # What a non-finite position converts to differs between machines: such groups get the code 0 throughout.
+        codes.append(rounded & mask)
+
+    scale = torch.where(finite, scale, math.nan).to(torch.bfloat16)
+    zero = torch.where(finite, low, math.nan).to(groups.dtype)
+    return pack_planes(codes, bits), scale.view(-1), zero.view(-1)
+
+
+def pack_planes(parts: list[Tensor], bits: int) -> Tensor:
+    """int32 codes, in parts [num_groups, group_size / len(parts)] along the columns -> uint8 planes."""
+    planes, offset = [], 0
+    for width in PLANES[bits]:
+        # Parts that lie side by side within one field of a byte.
+        run = len(parts) * width // 8
+        rows = []
+        for first in range(run):
+            fields = [(code >> offset) & (2**width - 1) for code in parts[first::run]]
+            rows.append(functools.reduce(torch.bitwise_or, (f << (width * i) for i, f in enumerate(fields))))
+        plane = rows[0] if run == 1 else torch.cat(rows, 1)
+        planes.append(plane.to(torch.uint8).view(-1))
+        offset += width
+    return planes[0] if len(planes) == 1 else torch.cat(planes)
+
+
+def dequantize_reference(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bits: int,
+    group_size: int,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Inverse of ``quantize_reference``: a tensor of ``shape``, ``stride`` and ``dtype``."""
+    check_arguments(dtype, bits, group_size)
+    code = unpack_planes(codes, bits, group_size)
+    value = zero.float().unsqueeze(1) + scale.float().unsqueeze(1) * code.float()
+    # The scale is rounded up: the highest level may lie above float16's largest number.
+    if dtype == torch.float16:
+        value = value.clamp(max=torch.finfo(dtype).max)
+    return from_storage_order(value.to(dtype).view(-1)[: math.prod(shape)], shape, stride)
+
+
+def unpack_planes(codes: Tensor, bits: int, group_size: int) -> Tensor:
+    """uint8 planes -> int32 codes [num_groups, group_size]."""
+    groups = codes.numel() * 8 // (bits * group_size)
+    code, start, offset = None, 0, 0
+    for width in PLANES[bits]:
+        nbytes = groups * group_size * width // 8
+        plane = codes[start : start + nbytes].view(groups, 1, group_size * width // 8).to(torch.int32)
+        shifts = torch.arange(0, 8, width, dtype=torch.int32, device=codes.device).view(1, -1, 1)
+        field = ((plane >> shifts) & (2**width - 1)).view(groups, group_size) << offset
+        code = field if code is None else code | field
+        start, offset = start + nbytes, offset + width
+    assert code is not None
+    return code
+
+
+def check_arguments(dtype: torch.dtype, bits: int, group_size: int) -> None:
+    """Raises ValueError for what the format does not have."""
+    if bits not in PLANES:
+        raise ValueError(f"bits must be one of {tuple(PLANES)}, got {bits!r}: choose the nearest of them")
+    if group_size < 32 or group_size & (group_size - 1):
+        raise ValueError(f"group_size must be a power of two from 32 up, got {group_size!r}: 256 is the default")
+    if dtype not in FLOAT_DTYPES:
+        raise ValueError(f"quantize takes {FLOAT_DTYPES}, got {dtype}: cast the tensor, or keep it exact")
+
+
+# Exact strides: the layout that was traced decides the order in which the backward's decode writes.
+@torch.library.custom_op(
+    "actcompile::quantize", mutates_args=(), device_types="cpu", tags=torch.Tag.needs_exact_strides
+)
+def quantize(x: Tensor, bits: int, group_size: int, seed: Tensor, salt: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``quantize_reference`` as an operator."""
+    return quantize_reference(x, bits, group_size, seed, salt)
+
+
+@quantize.register_fake
+def quantize_fake(x: Tensor, bits: int, group_size: int, seed: Tensor, salt: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes and dtypes of ``quantize``'s results."""
+    check_arguments(x.dtype, bits, group_size)
+    groups = num_groups(x.numel(), group_size)
+    codes = x.new_empty(groups * (group_size * bits // 8), dtype=torch.uint8)
+    return codes, x.new_empty(groups, dtype=torch.bfloat16), x.new_empty(groups)
+
+
+@quantize.register_kernel("cuda")
+def _(x: Tensor, bits: int, group_size: int, seed: Tensor, salt: int) -> tuple[Tensor, Tensor, Tensor]:
+    from ._quantize_kernel import launch_quantize
+
+    return launch_quantize(x, bits, group_size, seed, salt)
+
+
+@torch.library.custom_op("actcompile::dequantize", mutates_args=(), device_types="cpu")
+def dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bits: int,
+    group_size: int,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """``dequantize_reference`` as an operator."""
+    return dequantize_reference(codes, scale, zero, bits, group_size, shape, stride, dtype)
+
+
+@dequantize.register_fake
+def _(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bits: int,
+    group_size: int,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    check_arguments(dtype, bits, group_size)
+    return from_storage_order(codes.new_empty(math.prod(shape), dtype=dtype), shape, stride)
+
+
+@dequantize.register_kernel("cuda")
+def _(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bits: int,
+    group_size: int,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    from ._quantize_kernel import launch_dequantize
+
+    return launch_dequantize(codes, scale, zero, bits, group_size, shape, stride, dtype)
