@@ -1,6 +1,7 @@
 """Every private name of torch that this package uses outside of its passes, with the versions it was seen in."""
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,24 +16,32 @@ from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from .errors import CompileError, ConfigError
 
 __all__ = [
+    "NEEDS_VALUES",
     "CustomPartitionerFn",
     "add_scalar_input",
     "check_cpp_compiler",
     "compile_pair",
+    "fake_mode_for",
     "get_hash_for_files",
+    "isolated_compile",
     "mode_options",
+    "random_settings",
     "unwrapped",
 ]
+
+# What fake tensors raise where a model branches on the values of real ones.
+NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 def unwrapped(error: ConfigError | CompileError) -> Exception:
     """``error`` as one that Dynamo hands to the user as it is, instead of inside BackendCompilerFailed."""
     kind = type(error)
-    plain = type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__})
+    plain = type(kind.__name__, (ShortenTraceback, kind), {"__module__": kind.__module__})
     return plain(*error.args, first_useful_frame=None)  # type: ignore[no-any-return]
 
 
@@ -68,7 +77,7 @@ def compile_pair(
         patches = {"custom_partitioner_fn": partitioner, "allow_buffer_reuse": False, **patches}
     if interpreted:
         # Inductor's random numbers would be drawn anew where the backward repeats them.
-        patches = {**patches, "fallback_random": True}
+        patches = {"fallback_random": True, **patches}
         options["inner_compile"] = _interpret
     # A warm AOTAutograd cache never calls the partitioner: plans and reports would be empty.
     with functorch_config.patch(enable_autograd_cache=functorch_config.enable_autograd_cache and partitioner is None):
@@ -83,6 +92,25 @@ def _interpret(graph: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: A
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
+
+
+def fake_mode_for(values: Sequence[Any]) -> FakeTensorMode:
+    """A mode under which no operator computes: that of ``values`` if they are fake already, else a new one."""
+    return torch._guards.detect_fake_mode(list(values)) or FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def isolated_compile(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` compiled by ``backend`` for one call's shapes, not counted among a user's recompilations."""
+    options: dict[str, Any] = {"backend": backend, "dynamic": False}
+    # From 2.13 on.
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        options["isolate_recompiles"] = True
+    return torch.compile(function, **options)  # type: ignore[no-any-return]
+
+
+def random_settings(lowering: str) -> dict[str, Any]:
+    """The setting of Inductor that decides which operators draw random numbers, as ``lowering`` has it."""
+    return {} if lowering == "eager" else {"fallback_random": inductor_config.fallback_random}
 
 
 def mode_options(mode: str | None) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from .passes._fx import (
     GraphPair,
     Slot,
     hint,
-    is_comparison,
+    is_tensor,
     module_path,
     operator_name,
     source_line,
+    value_chain,
 )
 from .plan import Role, SavedTensor
 
@@ -70,7 +71,6 @@ def analyze(pair: GraphPair) -> list[SavedTensor]:
 
 def _describe(pair: GraphPair, slot: Slot, num_gradients: int, returned: set[fx.Node]) -> SavedTensor:
     source, value = slot.source, slot.source.meta["val"]
-    comparisons = [user for user in slot.placeholder.users if is_comparison(user)]
     role = pair.roles[source] if source.op == "placeholder" else Role.ACTIVATION
     root = _storage(source)
     if root.op == "placeholder" and root is not source:
@@ -88,9 +88,8 @@ def _describe(pair: GraphPair, slot: Slot, num_gradients: int, returned: set[fx.
         nbytes=hint(value.numel()) * value.element_size(),
         role=role,
         kind="leaf" if num_gradients == 1 else "path",
-        compared_only=bool(comparisons) and len(comparisons) == len(slot.placeholder.users),
-        comparisons=len(comparisons),
-        index_range=_index_range(source),
+        cancels=_is_attention_output(source),
+        index_range=_index_range(value_chain(source)[-1]),
         obstacle=_obstacle(pair, source, role, root in returned),
     )
 
@@ -121,6 +120,16 @@ def _obstacle(pair: GraphPair, source: fx.Node, role: Role, is_returned: bool) -
     return ""
 
 
+def _is_attention_output(node: fx.Node) -> bool:
+    """Whether ``node`` is the output of fused attention.
+
+    Its backward subtracts the row sums of grad * output from grad @ value.T; for exact tensors the difference adds up
+    to zero along each row of the softmax, and what noise leaves of it goes into the gradients of queries and keys.
+    """
+    producer = value_chain(node)[-1]
+    return operator_name(producer).startswith(_ATTENTION) and producer.args[1:] == (0,)
+
+
 def is_statistic(node: fx.Node) -> bool:
     """Whether ``node`` was reduced from something much larger, pointwise steps after the reduction included."""
     numel = hint(node.meta["val"].numel())
@@ -134,7 +143,7 @@ def is_statistic(node: fx.Node) -> bool:
         seen.add(current)
         above = [n for n in current.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
         if current.target is operator.getitem:
-            above = [n for source in current.all_input_nodes for n in source.all_input_nodes if _is_tensor(n)]
+            above = [n for source in current.all_input_nodes for n in source.all_input_nodes if is_tensor(n)]
         largest = max((hint(n.meta["val"].numel()) for n in above), default=0)
         if operator_name(current) in _REDUCTIONS:
             if largest >= _STATISTIC_RATIO * numel:
@@ -142,10 +151,6 @@ def is_statistic(node: fx.Node) -> bool:
         elif largest <= numel:
             pending.extend(n for n in above if hint(n.meta["val"].numel()) == numel)
     return False
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def _carries_mask(node: fx.Node) -> bool:

@@ -9,7 +9,7 @@ from .config import Config
 from .errors import ConfigError
 
 if TYPE_CHECKING:
-    from .report import Report
+    from .reporting import Report
 
 
 def transform(model: torch.nn.Module, config: Config | None = None, **settings: Any) -> torch.nn.Module:
@@ -48,7 +48,7 @@ def make_config(config: Config | None, settings: dict[str, Any]) -> Config:
 def report(model: torch.nn.Module | None = None) -> "Report":
     """What the training graphs of ``model`` save and store, after its first step; of all models when left out."""
     from . import records
-    from .report import make_report
+    from .reporting import make_report
 
     known = records.finished()
     if model is not None:

@@ -34,9 +34,8 @@ from .analysis import analyze
 from .config import Config
 from .errors import CompileError, ConfigError
 from .passes import run_passes
-from .passes._fx import GraphPair
 from .passes.lower import lower_encoders
-from .passes.partition import baseline_nbytes, partition, share_saved_values
+from .passes.partition import baseline_nbytes, partition
 from .plan import Role
 from .planner import make_plan
 from .rng import next_seed
@@ -125,9 +124,7 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Called by AOTAutograd with the joint graph."""
         baseline = baseline_nbytes(joint, joint_inputs, **kwargs)
-        forward, backward = partition(joint, joint_inputs, recompute=self.config.recompute, **kwargs)
-        pair = GraphPair.from_partition(forward, backward, kwargs["num_fwd_outputs"], self.roles)
-        share_saved_values(pair)
+        pair = partition(joint, joint_inputs, recompute=self.config.recompute, input_roles=self.roles, **kwargs)
         rows = analyze(pair)
         plan = make_plan(rows, self.config)
         run_passes(pair, plan)

@@ -33,7 +33,6 @@ class Action(str, Enum):
 
     KEEP = "keep"  # stored as it is
     PACK = "pack"  # a bool tensor, one bit per element
-    COMPARE = "compare"  # the backward only compares it with a constant: the result of that, one bit per element
     NARROW = "narrow"  # integers, in the narrowest type that holds their range
     QUANTIZE = "quantize"  # codes of a few bits per element, with a scale and a zero point per group
 
@@ -61,7 +60,8 @@ class SavedTensor:
 
     ``key`` names it across graphs, batch sizes and processes: module path, operator and, where these repeat, a number.
     ``shape`` holds the sizes of the traced call, ``nbytes`` and ``numel`` their product; ``symbolic_shape`` prints the
-    symbols of a dynamic graph. ``obstacle`` says why it must stay exact, or is empty.
+    symbols of a dynamic graph. ``cancels`` says that the backward subtracts from each other what it computes from the
+    tensor and from others, so that noise in it weighs more. ``obstacle`` says why it must stay exact, or is empty.
     """
 
     key: str
@@ -76,8 +76,7 @@ class SavedTensor:
     nbytes: int
     role: Role = Role.ACTIVATION
     kind: str = "path"
-    compared_only: bool = False
-    comparisons: int = 0
+    cancels: bool = False
     index_range: int | None = None
     obstacle: str = ""
 

@@ -5,13 +5,16 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from .config import Config
+from .config import CODE_BITS, Config
 from .plan import Action, Decision, Plan, SavedTensor
 from .triton_kernels.pack_bool import packed_nbytes
 from .triton_kernels.quantize import quantized_nbytes
 
 # Integer types from the narrowest, with the number of non-negative values each holds.
 _NARROW_TYPES = ((torch.uint8, 2**8), (torch.int16, 2**15), (torch.int32, 2**31))
+
+# Bits on top for tensors whose noise weighs more (SavedTensor.cancels): one sixteenth of the variance.
+CANCELLATION_BITS = 2
 
 
 def make_plan(rows: Sequence[SavedTensor], config: Config) -> Plan:
@@ -31,15 +34,14 @@ def stored_nbytes(row: SavedTensor, decision: Decision) -> int:
     match decision.action:
         case Action.KEEP:
             return row.nbytes
-        case Action.PACK | Action.COMPARE:
-            return packed_nbytes(row.numel) * (row.comparisons if decision.action is Action.COMPARE else 1)
+        case Action.PACK:
+            return packed_nbytes(row.numel)
         case Action.NARROW:
             assert decision.dtype is not None
             return row.numel * decision.dtype.itemsize
         case Action.QUANTIZE:
             assert decision.bits is not None and decision.group_size is not None
-            nbytes = quantized_nbytes(row.numel, decision.bits, decision.group_size, row.dtype)
-            return nbytes + packed_nbytes(row.numel) * row.comparisons
+            return quantized_nbytes(row.numel, decision.bits, decision.group_size, row.dtype)
 
 
 def _decide(row: SavedTensor, config: Config) -> Decision:
@@ -48,13 +50,15 @@ def _decide(row: SavedTensor, config: Config) -> Decision:
         return Decision(Action.KEEP, obstacle)
     if row.dtype == torch.bool:
         return Decision(Action.PACK, "a mask needs one bit per element")
-    if row.compared_only:
-        return Decision(Action.COMPARE, "the backward only compares it with a constant")
     if not row.dtype.is_floating_point:
         return _narrow(row)
     if config.code_bits is None:
         return Decision(Action.KEEP, "the settings are lossless")
-    decision = Decision(Action.QUANTIZE, "uniform bits", bits=config.code_bits, group_size=config.group_size)
+    bits, reason = config.code_bits, "uniform bits"
+    if row.cancels:
+        bits = min(width for width in CODE_BITS if width >= min(bits + CANCELLATION_BITS, max(CODE_BITS)))
+        reason = f"{CANCELLATION_BITS} bits more: its noise is left over where the backward cancels"
+    decision = Decision(Action.QUANTIZE, reason, bits=bits, group_size=config.group_size)
     if stored_nbytes(row, decision) >= row.nbytes:
         return Decision(Action.KEEP, "codes would take no fewer bytes")
     return decision

@@ -1,7 +1,8 @@
 """What is remembered about the graphs of this process, for reports."""
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,6 +63,17 @@ def add(config: Config, roles: Sequence[Role]) -> GraphRecord:
 def finished() -> list[GraphRecord]:
     """Records of graphs whose partition is done, oldest first."""
     return [record for record in _records if record.rows]
+
+
+@contextmanager
+def collected() -> Iterator[list[GraphRecord]]:
+    """Records made inside go into the list that this gives, and are not kept."""
+    global _records
+    kept, _records = _records, []
+    try:
+        yield _records
+    finally:
+        _records = kept
 
 
 def clear() -> None:

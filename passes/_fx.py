@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
@@ -35,9 +36,6 @@ VIEW_OPS = frozenset(
         aten.alias.default,
         aten.expand.default,
     }
-)
-COMPARISONS = frozenset(
-    {aten.le.Scalar, aten.lt.Scalar, aten.ge.Scalar, aten.gt.Scalar, aten.eq.Scalar, aten.ne.Scalar}
 )
 VALUE_PRESERVING_OPS = VIEW_OPS | {aten.clone.default}
 
@@ -86,17 +84,25 @@ class GraphPair:
         forward: fx.GraphModule,
         backward: fx.GraphModule,
         num_user_outputs: int,
+        num_pinned: int,
         input_roles: Sequence[Role],
     ) -> "GraphPair":
         """Matches the outputs of ``forward`` with the placeholders of ``backward``.
 
         The forward ends with saved tensors, opaque objects and symbolic sizes; the backward begins with the symbolic
-        sizes and the saved tensors. ``input_roles`` are those of the graph's inputs; a seed is the last of them.
+        sizes and the saved tensors.
+
+        Args:
+            forward: The forward's graph.
+            backward: The backward's graph.
+            num_user_outputs: Outputs of the forward that the model returns.
+            num_pinned: Outputs behind them that were there for the partition alone; dropped.
+            input_roles: Roles of the graph's inputs; a seed is the last of them.
         """
         output = forward.graph.output_node()
         (outputs,) = output.args
         assert isinstance(outputs, Sequence)
-        saved = list(outputs[num_user_outputs:])
+        saved = list(outputs[num_user_outputs + num_pinned :])
         tensors = [node for node in saved if isinstance(node.meta.get("val"), torch.Tensor)]
         assert saved[: len(tensors)] == tensors, saved
         trailing = saved[len(tensors) :]
@@ -104,7 +110,7 @@ class GraphPair:
         placeholders = backward.graph.find_nodes(op="placeholder")
         received = placeholders[num_symbols : num_symbols + len(tensors)]
         descriptors = dict(zip(outputs, output.meta["desc"], strict=True)) if "desc" in output.meta else {}
-        return cls(
+        pair = cls(
             forward,
             backward,
             user_outputs=list(outputs[:num_user_outputs]),
@@ -118,6 +124,8 @@ class GraphPair:
             roles=_placeholder_roles(forward, input_roles),
             descriptors=descriptors,
         )
+        pair.sync()
+        return pair
 
     def sync(self) -> None:
         """Writes the slots into both graphs: the forward's outputs and the order of the backward's placeholders."""
@@ -151,18 +159,13 @@ class GraphPair:
             if source in self.descriptors:
                 self.descriptors[node] = self.descriptors[source]
             with self.backward.graph.inserting_after(anchor):
-                anchor = self.backward.graph.placeholder(f"{slot.placeholders[0].name}_{position}")
+                anchor = self.backward.graph.placeholder(f"{slot.placeholders[0].name}_part{position}")
+            # The argument's name; only the node's own name is made unique when it is taken.
+            anchor.target = anchor.name
             anchor.meta["val"] = node.meta["val"]
             created.append(anchor)
         slot.outputs, slot.placeholders = list(outputs), created
         return created
-
-    def add_slot(self, like: Slot, key: str, output: fx.Node) -> fx.Node:
-        """Lets ``output`` cross as well, right behind ``like``; returns its placeholder."""
-        added = Slot(key, list(like.outputs), list(like.placeholders))
-        (placeholder,) = self.replace(added, [output])
-        self.slots.insert(self.slots.index(like) + 1, added)
-        return placeholder
 
 
 def _placeholder_roles(forward: fx.GraphModule, input_roles: Sequence[Role]) -> dict[fx.Node, Role]:
@@ -186,9 +189,19 @@ def _find_seed(forward: fx.GraphModule) -> fx.Node:
     ][-1]
 
 
-def is_comparison(node: fx.Node) -> bool:
-    """Whether ``node`` compares a tensor with a constant."""
-    return node.target in COMPARISONS and not isinstance(node.args[1], fx.Node)
+def is_tensor(node: fx.Node) -> bool:
+    """Whether ``node`` yields one tensor."""
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def tangent_dependent(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes of a joint or backward graph that a tangent reaches, the tangents included."""
+    dependent: set[fx.Node] = set()
+    for node in graph.nodes:
+        is_tangent = node.op == "placeholder" and "tangents" in str(node.target)
+        if is_tangent or not dependent.isdisjoint(node.all_input_nodes):
+            dependent.add(node)
+    return dependent
 
 
 def retire(placeholder: fx.Node, replacement: fx.Node) -> None:
@@ -233,8 +246,7 @@ def call(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: Any)
     """Inserts a call at the graph's insertion point and gives it the ``val`` that its fake tensors say."""
     node = graph.call_function(target, args, kwargs)
     values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-    fake_mode = _fake_mode(values)
-    with fake_mode:
+    with _fake_mode(graph):
         node.meta["val"] = target(*values[0], **values[1])
     return node
 
@@ -250,14 +262,13 @@ def unpack_call(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
     return items
 
 
-def _fake_mode(values: Any) -> Any:
-    modes = [
-        leaf.fake_mode
-        for leaf in torch.utils._pytree.tree_leaves(values)
-        if isinstance(leaf, torch._subclasses.FakeTensor)
-    ]
-    assert modes, values
-    return modes[0]
+def _fake_mode(graph: fx.Graph) -> FakeTensorMode:
+    """The mode that the values of ``graph`` were traced in."""
+    return next(
+        node.meta["val"].fake_mode
+        for node in graph.find_nodes(op="placeholder")
+        if isinstance(node.meta.get("val"), FakeTensor)
+    )
 
 
 def value_chain(node: fx.Node) -> list[fx.Node]:

@@ -6,10 +6,9 @@ becomes
     forward:   x = ...;  codes, scale, zero = quantize(x, bits, group_size, seed, salt);  return ..., codes, scale, zero
     backward:  def backward(codes, scale, zero, ...): y = f(dequantize(codes, scale, zero, ...))
 
-    1. QUANTIZE   as above. Users that only compare x with a constant get the exact comparison, made in the forward.
-    2. COMPARE    all users compare x with constants: only the results of that are saved.
-    3. NARROW     integers are cast down in the forward and up again in the backward.
-    4. expanded   a dimension of stride 0 is stored once and expanded again.
+    1. QUANTIZE   as above
+    2. expanded   a dimension of stride 0 is stored once and expanded again
+    3. NARROW     integers are cast down in the forward and up again in the backward
 
 Never touches: rows that the plan keeps, graph inputs that the caller holds, outputs of the graph.
 """
@@ -20,29 +19,24 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from actcompile.plan import Action, Decision, Plan
 
-from ._fx import GraphPair, Slot, body_anchor, call, first_user, is_comparison, retire, size_args, unpack_call
+from ._fx import GraphPair, Slot, body_anchor, call, first_user, retire, size_args, unpack_call
 
 aten = torch.ops.aten
 convert = torch.ops.prims.convert_element_type.default
 
 
 def insert_codecs(pair: GraphPair, plan: Plan) -> None:
-    """Rewrites every slot that ``plan`` quantizes, compares or narrows.
+    """Rewrites every slot that ``plan`` quantizes or narrows.
 
     Raises:
         KeyError: When the plan has no decision for a slot.
     """
     for salt, slot in enumerate(list(pair.slots)):
         decision = plan[slot.key]
-        if decision.action in (Action.QUANTIZE, Action.COMPARE):
-            _hoist_comparisons(pair, slot)
         if decision.action is Action.QUANTIZE:
             _quantize(pair, slot, decision, salt)
         elif decision.action is Action.NARROW:
             _narrow(pair, slot, decision)
-        elif decision.action is Action.COMPARE:
-            pair.backward.graph.erase_node(slot.placeholder)
-            slot.outputs, slot.placeholders = [], []
     pair.sync()
 
 
@@ -75,19 +69,6 @@ def _narrow(pair: GraphPair, slot: Slot, decision: Decision) -> None:
     with pair.backward.graph.inserting_before(first_user(placeholder)):
         wide = call(pair.backward.graph, convert, received, source.meta["val"].dtype)
     retire(placeholder, wide)
-
-
-def _hoist_comparisons(pair: GraphPair, slot: Slot) -> None:
-    """Makes the comparisons of the backward with constants in the forward, where the exact value is."""
-    results: dict[object, fx.Node] = {}
-    for user in [user for user in slot.placeholder.users if is_comparison(user)]:
-        made = results.get((user.target, user.args[1]))
-        if made is None:
-            with pair.forward.graph.inserting_after(slot.source):
-                mask = call(pair.forward.graph, user.target, slot.source, user.args[1])
-            made = results[user.target, user.args[1]] = pair.add_slot(slot, f"{slot.key}/compare{len(results)}", mask)
-        user.replace_all_uses_with(made)
-        pair.backward.graph.erase_node(user)
 
 
 def _dense_base(graph: fx.Graph, source: fx.Node) -> fx.Node:

@@ -100,8 +100,6 @@ def _lower_dequantize(
         result = ops.add(
             ops.to_dtype(load_zero([group]), torch.float32), ops.mul(step, ops.to_dtype(code, torch.float32))
         )
-        if dtype == torch.float16:
-            result = ops.minimum(result, ops.constant(torch.finfo(dtype).max, torch.float32))
         return ops.to_dtype(result, dtype)
 
     device = codes.get_device()

@@ -6,9 +6,6 @@ becomes
     forward:   mask = gt(random, p);  packed = pack_bool(mask);  return ..., packed
     backward:  def backward(packed, ...): y = mul(grad, unpack_bool(packed, shape, stride))
 
-    1. PACK                    rows that the plan packs
-    2. results of comparisons  that ``insert_codecs`` moved into the forward
-
 Never touches: masks that the plan keeps.
 """
 
@@ -16,17 +13,13 @@ import torch
 
 from actcompile.plan import Action, Plan
 
-from ._fx import COMPARISONS, GraphPair, Slot, body_anchor, call, first_user, retire, size_args
+from ._fx import GraphPair, Slot, body_anchor, call, first_user, retire, size_args
 
 
 def pack_masks(pair: GraphPair, plan: Plan) -> None:
-    """Rewrites every slot that holds a mask the plan packs, and those made by comparisons on the way."""
+    """Rewrites every slot that ``plan`` packs."""
     for slot in pair.slots:
-        if slot.key in plan:
-            wanted = plan[slot.key].action is Action.PACK
-        else:
-            wanted = slot.source.target in COMPARISONS
-        if wanted:
+        if plan[slot.key].action is Action.PACK:
             _pack(pair, slot)
     pair.sync()
 

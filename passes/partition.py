@@ -26,17 +26,30 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from actcompile.plan import Role
 
 from ._fx import GraphPair, Slot, first_user, hint, retire, value_chain
+from .pin_discontinuities import pin_discontinuities
 
 # Bans on recomputing that "cheap" lifts; the ban on what is used far apart stays, it keeps the residual stream.
 _CHEAP = {"ban_recompute_long_fusible_chains": False, "ban_recompute_materialized_backward": False}
 
 
 def partition(
-    joint: fx.GraphModule, joint_inputs: Sequence[object], *, recompute: str, **kwargs: Any
-) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Forward and backward graphs of ``joint``; ``kwargs`` are what AOTAutograd hands to a partitioner."""
+    joint: fx.GraphModule,
+    joint_inputs: Sequence[object],
+    *,
+    recompute: str,
+    input_roles: Sequence[Role],
+    num_fwd_outputs: int,
+    **kwargs: Any,
+) -> GraphPair:
+    """Splits ``joint``, which it changes; ``kwargs`` are what else AOTAutograd hands to a partitioner."""
+    num_outputs = pin_discontinuities(joint, num_fwd_outputs)
     with functorch_config.patch(_CHEAP if recompute == "cheap" else {}):
-        return min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
+        forward, backward = min_cut_rematerialization_partition(
+            joint, joint_inputs, num_fwd_outputs=num_outputs, **kwargs
+        )
+    pair = GraphPair.from_partition(forward, backward, num_fwd_outputs, num_outputs - num_fwd_outputs, input_roles)
+    _share_saved_values(pair)
+    return pair
 
 
 def baseline_nbytes(joint: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> int:
@@ -53,7 +66,7 @@ def tensor_nbytes(value: object) -> int:
     return hint(value.numel()) * value.element_size() if isinstance(value, torch.Tensor) else 0
 
 
-def share_saved_values(pair: GraphPair) -> None:
+def _share_saved_values(pair: GraphPair) -> None:
     """Saves the values that several saved tensors rearrange once; see the module docstring."""
     groups: dict[fx.Node, list[Slot]] = {}
     for slot in pair.slots:

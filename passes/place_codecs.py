@@ -24,7 +24,7 @@ from torch import fx
 
 from actcompile.plan import Plan
 
-from ._fx import GraphPair, body_anchor
+from ._fx import GraphPair, body_anchor, tangent_dependent
 
 ENCODERS = frozenset({torch.ops.actcompile.quantize.default, torch.ops.actcompile.pack_bool.default})
 DECODERS = frozenset({torch.ops.actcompile.dequantize.default, torch.ops.actcompile.unpack_bool.default})
@@ -56,11 +56,7 @@ def _hoist(encoder: fx.Node) -> None:
 
 def _sink_independent(graph: fx.Graph) -> None:
     """Moves every node that no tangent reaches to its first user; users are placed before what they read."""
-    dependent: set[fx.Node] = set()
-    for node in graph.nodes:
-        is_tangent = node.op == "placeholder" and "tangents" in node.name
-        if is_tangent or any(source in dependent for source in node.all_input_nodes):
-            dependent.add(node)
+    dependent = tangent_dependent(graph)
     for node in reversed(list(graph.nodes)):
         if node.op == "call_function" and node not in dependent and node.users and not node.is_impure():
             following = node.next

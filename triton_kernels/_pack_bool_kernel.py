@@ -1,5 +1,5 @@
 """Triton kernels of the format in ``pack_bool``: one read and one write each way, equal to the reference."""
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # ruff: noqa: N803  (constants of a kernel are uppercase)
 
 from collections.abc import Sequence

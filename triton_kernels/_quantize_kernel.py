@@ -1,10 +1,13 @@
-"""Triton kernels of the format in ``quantize``: one read and one write each way, bit-identical to the reference.
+"""Triton kernels of the format in ``quantize``: one read and one write each way.
+
+They give the reference's bits, but for the sign of a zero minimum and the payload of nan, which no reduction and no
+conversion defines.
 
 A program handles ``GROUPS`` whole groups. A group is held as ``PARTS`` tiles [GROUPS, WIDTH] of consecutive elements,
 the fields that end up in one byte lying at the same place of different tiles: packing needs no exchange between
 threads, and only the minimum and maximum of a group do.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators, disable-error-code="assignment,misc"
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="assignment,misc"
 # ruff: noqa: N803, N806, RUF005  (constants of a kernel are uppercase; Triton has no starred tuples)
 
 from collections.abc import Sequence
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from ._hash import FRACTION_BITS, INDEX_HIGH_MULTIPLIER, MULTIPLIERS, SHIFTS, mix_seed
 from ._layout import from_storage_order, to_storage_order
-from .quantize import MAX_SCALE, MIN_SCALE, PLANES, check_arguments, num_groups
+from .quantize import MAX_SCALE, MAX_SPREAD, MIN_SCALE, PLANES, check_arguments, num_groups
 
 # Chosen from the generated code: enough elements to hide the cost of a group, few enough to stay in registers.
 QUANTIZE_ELEMENTS_PER_THREAD, DEQUANTIZE_ELEMENTS_PER_THREAD = 32, 16
@@ -28,7 +31,10 @@ _INDEX_HIGH_MULTIPLIER = tl.constexpr(INDEX_HIGH_MULTIPLIER)
 _MULTIPLIER0, _MULTIPLIER1 = (tl.constexpr(multiplier % 2**32) for multiplier in MULTIPLIERS)
 _SHIFT0, _SHIFT1, _SHIFT2 = (tl.constexpr(shift) for shift in SHIFTS)
 _MIN_SCALE, _MAX_SCALE = tl.constexpr(MIN_SCALE), tl.constexpr(MAX_SCALE)
-_FLOAT16_MAX = tl.constexpr(torch.finfo(torch.float16).max)
+_MAX_SPREAD = tl.constexpr(MAX_SPREAD)
+_LARGEST_FLOAT32 = tl.constexpr(torch.finfo(torch.float32).max)
+_LARGEST_BFLOAT16 = tl.constexpr(torch.finfo(torch.bfloat16).max)
+_LARGEST_FLOAT16 = tl.constexpr(torch.finfo(torch.float16).max)
 
 
 @triton.jit
@@ -119,8 +125,17 @@ def _quantize_kernel(
 
     spread = high * 0.5 - low * 0.5
     finite = tl.abs(spread) < float("inf")
-    raw = tl.minimum(tl.maximum(spread * (2.0 / LEVELS), _MIN_SCALE), _MAX_SCALE)
-    scale = ((raw.to(tl.int32, bitcast=True) + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)
+    if x_ptr.dtype.element_ty == tl.float16:
+        largest = _LARGEST_FLOAT16
+    elif x_ptr.dtype.element_ty == tl.bfloat16:
+        largest = _LARGEST_BFLOAT16
+    else:
+        largest = _LARGEST_FLOAT32
+    room = tl.div_rn(tl.minimum(largest * 0.5 - low * 0.5, _MAX_SPREAD), LEVELS * 1.0) * 2.0
+    raw = tl.minimum(tl.div_rn(spread, LEVELS * 1.0) * 2.0, room)
+    raw = tl.minimum(tl.maximum(raw, _MIN_SCALE), _MAX_SCALE).to(tl.int32, bitcast=True)
+    above = ((raw + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)
+    scale = tl.where(above <= room, above, (raw & -0x10000).to(tl.float32, bitcast=True))
     # Positions are in units of 2**-FRACTION_BITS, which is exact. tl.minimum passes over nan: at a limit of 0 every
     # position of a group that holds inf or nan is 0.
     inverse, origin = tl.div_rn(2.0, scale) * _FRACTION_SCALE, low * 0.5
@@ -169,9 +184,6 @@ def _dequantize_kernel(
         if HIGH_BITS:
             code |= high[part] << LOW_BITS
         value = zero + scale * code.to(tl.float32)  # [GROUPS, WIDTH]
-        if x_ptr.dtype.element_ty == tl.float16:
-            # Not tl.minimum, which would turn nan into a number.
-            value = tl.where(value > _FLOAT16_MAX, _FLOAT16_MAX, value)
         index = group * GROUP_SIZE + (part * WIDTH + column)
         tl.store(x_ptr + index, value.to(x_ptr.dtype.element_ty), mask=index < n)
 

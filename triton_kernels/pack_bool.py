@@ -80,7 +80,8 @@ def _(mask: Tensor) -> Tensor:
 def _(mask: Tensor) -> Tensor:
     from ._pack_bool_kernel import launch_pack_bool
 
-    return launch_pack_bool(mask)
+    with torch.cuda.device(mask.device):
+        return launch_pack_bool(mask)
 
 
 @torch.library.custom_op("actcompile::unpack_bool", mutates_args=(), device_types="cpu")
@@ -98,4 +99,5 @@ def _(packed: Tensor, shape: Sequence[int], stride: Sequence[int] | None = None)
 def _(packed: Tensor, shape: Sequence[int], stride: Sequence[int] | None = None) -> Tensor:
     from ._pack_bool_kernel import launch_unpack_bool
 
-    return launch_unpack_bool(packed, shape, stride)
+    with torch.cuda.device(packed.device):
+        return launch_unpack_bool(packed, shape, stride)

@@ -4,7 +4,7 @@ Formula, per group of ``group_size`` consecutive elements in storage order (the 
 the tensor's last element):
 
     zero  = min(group)                                            in the tensor's own dtype, exact
-    scale = (max(group) - zero) / (2**bits - 1)                   bf16, rounded up
+    scale = (max(group) - zero) / (2**bits - 1)                   bf16, rounded up (see below)
     code  = floor((x - zero) / scale + u),  u uniform in [0, 1)   made against the stored scale and zero
     x'    = zero + scale * code                                   so that E[x'] = x and |x' - x| < scale
 
@@ -13,7 +13,9 @@ Layout: ``codes`` is uint8, one plane after another for the whole tensor; ``PLAN
 j + G * w / 8, j + 2 * G * w / 8, ... from its low bits up. ``scale`` and ``zero`` hold one number per group.
 
 Error: the noise of one element has mean 0 and variance f * (1 - f) * scale**2, f the fractional part of its position.
-Constant groups come back exactly. A group that holds inf or nan comes back as nan, all of it and nothing else.
+Constant groups come back exactly. Where the highest level would lie beyond the dtype's largest number the scale is
+rounded down, and it exceeds neither 2**126 nor float32's largest number / (2**bits - 1): what lies above the highest
+level then comes back as that level. A group that holds inf or nan comes back as nan, all of it and nothing else.
 
 Bit-exactness: every product that feeds a sum is exact (a bf16 scale times a code of at most 8 bits, a power of two
 times a float), so contraction to FMA changes nothing and the reference, the compiled CPU code and the Triton kernel
@@ -40,6 +42,9 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Smallest and largest scale: its reciprocal and the products with it stay normal fp32 numbers.
 MIN_SCALE, MAX_SCALE = 2.0**-100, 2.0**126
+
+# Half of the largest range that a group can have.
+MAX_SPREAD = torch.finfo(torch.float32).max * 0.5
 
 # Rounds the fp32 bit pattern of a positive number up to the next bf16.
 _BF16_CARRY, _BF16_MASK = 0xFFFF, -0x10000
@@ -91,8 +96,11 @@ def encode_groups(groups: Tensor, bits: int, key: Tensor) -> tuple[Tensor, Tenso
     # Halves, so that the spread of huge values does not overflow; exact.
     spread = high * 0.5 - low * 0.5
     finite = spread.abs() < math.inf
-    raw = (spread * (2.0 / levels)).clamp(MIN_SCALE, MAX_SCALE)
-    scale = ((raw.view(torch.int32) + _BF16_CARRY) & _BF16_MASK).view(torch.float32)
+    # Neither the highest level nor its distance from the zero may lie beyond the largest number.
+    room = (torch.finfo(groups.dtype).max * 0.5 - low * 0.5).clamp(max=MAX_SPREAD) / levels * 2.0
+    raw = torch.minimum(spread / levels * 2.0, room).clamp(MIN_SCALE, MAX_SCALE).view(torch.int32)
+    above = ((raw + _BF16_CARRY) & _BF16_MASK).view(torch.float32)
+    scale = torch.where(above <= room, above, (raw & _BF16_MASK).view(torch.float32))
 
     inverse, origin, mask = 2.0 / scale, low * 0.5, finite.to(torch.int32) * levels
     parts = 8 // min(PLANES[bits])
@@ -142,16 +150,14 @@ def dequantize_reference(
     check_arguments(dtype, bits, group_size)
     code = unpack_planes(codes, bits, group_size)
     value = zero.float().unsqueeze(1) + scale.float().unsqueeze(1) * code.float()
-    # The scale is rounded up: the highest level may lie above float16's largest number.
-    if dtype == torch.float16:
-        value = value.clamp(max=torch.finfo(dtype).max)
     return from_storage_order(value.to(dtype).view(-1)[: math.prod(shape)], shape, stride)
 
 
 def unpack_planes(codes: Tensor, bits: int, group_size: int) -> Tensor:
     """uint8 planes -> int32 codes [num_groups, group_size]."""
     groups = codes.numel() * 8 // (bits * group_size)
-    code, start, offset = None, 0, 0
+    code: Tensor | None = None
+    start = offset = 0
     for width in PLANES[bits]:
         nbytes = groups * group_size * width // 8
         plane = codes[start : start + nbytes].view(groups, 1, group_size * width // 8).to(torch.int32)
@@ -195,7 +201,8 @@ def quantize_fake(x: Tensor, bits: int, group_size: int, seed: Tensor, salt: int
 def _(x: Tensor, bits: int, group_size: int, seed: Tensor, salt: int) -> tuple[Tensor, Tensor, Tensor]:
     from ._quantize_kernel import launch_quantize
 
-    return launch_quantize(x, bits, group_size, seed, salt)
+    with torch.cuda.device(x.device):
+        return launch_quantize(x, bits, group_size, seed, salt)
 
 
 @torch.library.custom_op("actcompile::dequantize", mutates_args=(), device_types="cpu")
@@ -241,4 +248,5 @@ def _(
 ) -> Tensor:
     from ._quantize_kernel import launch_dequantize
 
-    return launch_dequantize(codes, scale, zero, bits, group_size, shape, stride, dtype)
+    with torch.cuda.device(codes.device):
+        return launch_dequantize(codes, scale, zero, bits, group_size, shape, stride, dtype)

@@ -1,0 +1,5 @@
+"""Benchmarks, run from a checkout: ``python -m bench.peak``, ``bench.step``, ``bench.stored``.
+
+Each prints a table and appends its rows to ``bench/results/NAME.csv``. On a machine with a GPU, ``bench/gpu.sh`` runs
+them in parts.
+"""

@@ -1,0 +1,138 @@
+"""The models of the benchmarks, each with a batch and a loss, all with random weights."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from actcompile._gpt import GPT
+
+__all__ = ["GPT", "WORKLOADS", "ResNet", "Workload", "make_bert", "make_gpt", "make_resnet"]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model and the loss of one batch, as a function of what is called in the model's place."""
+
+    model: nn.Module
+    loss: Callable[[Callable[..., Any]], Tensor]
+
+    def parameter_nbytes(self) -> int:
+        """Bytes of all parameters, and so of all their gradients."""
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
+
+def make_gpt(
+    *,
+    layers: int = 4,
+    width: int = 256,
+    heads: int = 4,
+    ff: int = 1024,
+    vocabulary: int = 256,
+    batch: int = 8,
+    tokens: int = 256,
+    dropout: float = 0.0,
+    checkpointed: bool = False,
+    device: torch.device | str = "cpu",
+) -> Workload:
+    """The demo's GPT; by default in the demo's size."""
+    torch.manual_seed(0)
+    model = GPT(
+        layers=layers,
+        width=width,
+        heads=heads,
+        ff=ff,
+        vocabulary=vocabulary,
+        tokens=tokens,
+        dropout=dropout,
+        checkpointed=checkpointed,
+    ).to(device)
+    ids = torch.randint(vocabulary, (batch, tokens + 1)).to(device)
+    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    return Workload(model, lambda call: call(inputs, targets))
+
+
+def make_bert(*, layers: int = 4, batch: int = 8, tokens: int = 128, device: torch.device | str = "cpu") -> Workload:
+    """Hugging Face's BertForSequenceClassification, small, with its usual dropout."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=1000,
+        hidden_size=256,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=1024,
+        max_position_embeddings=tokens,
+        # The model would find this out in its first forward, and be compiled again for it.
+        problem_type="single_label_classification",
+    )
+    model = BertForSequenceClassification(config).to(device).train()
+    batch_inputs = {
+        "input_ids": torch.randint(config.vocab_size, (batch, tokens)).to(device),
+        "attention_mask": torch.ones(batch, tokens, dtype=torch.int64, device=device),
+        "labels": torch.randint(2, (batch,)).to(device),
+    }
+    return Workload(model, lambda call: call(**batch_inputs).loss)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with batch norm and ReLU, added to the input."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [B, inputs, H, W]`` -> ``[B, outputs, H / stride, W / stride]``."""
+        y = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """A small residual network for images.
+
+    Args:
+        channels: Channels of each stage; each stage but the first halves height and width.
+        blocks: Residual blocks per stage.
+        classes: Number of classes.
+    """
+
+    def __init__(self, channels: tuple[int, ...] = (32, 64, 128), blocks: int = 2, classes: int = 10) -> None:
+        super().__init__()
+        first = channels[0]
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU(), nn.MaxPool2d(2)
+        )
+        stages = []
+        for stage, outputs in enumerate(channels):
+            for block in range(blocks):
+                inputs = outputs if block else channels[max(0, stage - 1)]
+                stages.append(ResidualBlock(inputs, outputs, stride=2 if stage and not block else 1))
+        self.blocks = nn.Sequential(*stages)
+        self.head = nn.Linear(channels[-1], classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``[B, classes]`` of ``images [B, 3, H, W]``."""
+        return self.head(self.blocks(self.stem(images)).mean(dim=(2, 3)))
+
+
+def make_resnet(*, batch: int = 16, size: int = 32, device: torch.device | str = "cpu") -> Workload:
+    """``ResNet`` on random images."""
+    torch.manual_seed(0)
+    model = ResNet().to(device).train()
+    images = torch.randn(batch, 3, size, size).to(device)
+    labels = torch.randint(10, (batch,)).to(device)
+    return Workload(model, lambda call: F.cross_entropy(call(images), labels))
+
+
+WORKLOADS: Mapping[str, Callable[..., Workload]] = {"gpt": make_gpt, "bert": make_bert, "resnet": make_resnet}

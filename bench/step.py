@@ -1,0 +1,117 @@
+"""Step time and cold compile time beside torch.compile, on the demo's model.
+
+Step times alternate in one process. Each compilation happens in a process of its own with an empty cache and all caches
+off, after a tiny module was compiled there, so that what happens once per machine (precompiled headers, the workers'
+start) stays outside; the variants alternate.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import nn
+
+from actcompile.meter import measure_steps, synchronize
+
+from .harness import append_row, compile_act, pick_device
+from .models import Workload, make_gpt
+
+VARIANTS: Mapping[str, Callable[[nn.Module], Callable[..., Any]]] = {
+    "torch.compile": torch.compile,
+    "act4": lambda model: compile_act(model, bits=4),
+    "act4 none": lambda model: compile_act(model, bits=4, recompute="none"),
+    "checkpoint": torch.compile,
+}
+BASELINE = "torch.compile"
+
+
+def make_step(variant: str, device: torch.device) -> Callable[[], None]:
+    """Forward and backward of the demo's model, without the optimizer."""
+    workload = make_gpt(checkpointed=variant == "checkpoint", device=device)
+    compiled = VARIANTS[variant](workload.model)
+    return lambda: _step(workload, compiled)
+
+
+def _step(workload: Workload, compiled: Callable[..., Any]) -> None:
+    workload.model.zero_grad(set_to_none=True)
+    workload.loss(compiled).backward()
+
+
+def compile_once(variant: str) -> float:
+    """Seconds that the first step takes longer than the second, in this process."""
+    device = pick_device()
+    tiny = torch.compile(nn.Sequential(nn.Linear(8, 8), nn.GELU()).to(device))
+    tiny(torch.ones(8, 8, device=device)).sum().backward()
+    step = make_step(variant, device)
+    first_s, second_s = _seconds(step), _seconds(step)
+    return first_s - second_s
+
+
+def _seconds(fn: Callable[[], None]) -> float:
+    synchronize()
+    start = time.perf_counter()
+    fn()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def compile_in_process(variant: str) -> float:
+    """``compile_once`` in a fresh process with nothing cached."""
+    with tempfile.TemporaryDirectory() as cache:
+        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+        command = [sys.executable, "-m", "bench.step", "--compile-once", variant]
+        done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def measure_variants(variants: list[str], rounds: int, pairs: int) -> dict[str, dict[str, list[float]]]:
+    """Step times in ms and compile times in s of each variant."""
+    compile_s: dict[str, list[float]] = {variant: [] for variant in variants}
+    for _ in range(pairs):
+        for variant in variants:
+            compile_s[variant].append(compile_in_process(variant))
+            print(f"compile {variant}: {compile_s[variant][-1]:.1f} s", flush=True)
+    steps = {variant: make_step(variant, pick_device()) for variant in variants}
+    measure_steps(steps, 3)
+    step_ms = measure_steps(steps, rounds)
+    return {variant: {"step_ms": step_ms[variant], "compile_s": compile_s[variant]} for variant in variants}
+
+
+def main() -> None:
+    """Measures, appends rows and prints the table."""
+    parser = argparse.ArgumentParser("python -m bench.step", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=20, help="timed steps of each variant")
+    parser.add_argument("--pairs", type=int, default=3, help="compilations of each variant; 0 leaves them out")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS)[:2], help="what to measure")
+    parser.add_argument("--compile-once", choices=VARIANTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.compile_once:
+        print(json.dumps(compile_once(options.compile_once)))
+        return
+    measured = measure_variants(options.variants, options.rounds, options.pairs)
+    base = measured.get(BASELINE)
+    table = []
+    for variant, times in measured.items():
+        row: dict[str, Any] = {"variant": variant}
+        for name, values in times.items():
+            median = statistics.median(values) if values else None
+            reference = statistics.median(base[name]) if base and base[name] else None
+            row[name] = median and round(median, 2)
+            row[f"{name}_ratio"] = median and reference and round(median / reference, 3)
+            row[f"{name}_spread"] = median and round((max(values) - min(values)) / median, 3)
+        append_row("step", {**row, "rounds": options.rounds, "pairs": options.pairs})
+        table.append(row)
+    print(tabulate(table, headers="keys"))
+
+
+if __name__ == "__main__":
+    main()

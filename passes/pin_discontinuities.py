@@ -1,0 +1,84 @@
+"""Makes the forward, where values are exact, take every decision that the backward repeats. Lossless.
+
+The backward recomputes from saved tensors, and those may come back with rounding noise. Recomputing a smooth function
+of them passes the noise on; recomputing a comparison flips it where the value is near the threshold, which is an error
+of the size of the gradient.
+
+    joint:     y = relu(x);            ...;  gx = where(le(y, 0), 0, gy)
+becomes
+    joint:     m = le(x, 0);  y = where(m, 0, x);  ...;  gx = where(m, 0, gy)      m is an output of the forward
+
+    1. relu           split into comparison and selection, so that a noisy x passes through it unbiased
+    2. comparisons    and everything else that turns floating-point values into bools or integers: an output of the
+                      forward until the partition is done
+    3. tuples         operators that return such a result beside others (max-pooling's indices) are never run again
+
+Never touches: operators that a checkpoint of the user's recomputes; what depends on a tangent.
+"""
+
+import operator
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from ._fx import call, is_tensor, tangent_dependent
+
+aten = torch.ops.aten
+
+_USER_RECOMPUTES = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
+
+
+def pin_discontinuities(joint: fx.GraphModule, num_forward_outputs: int) -> int:
+    """Rewrites ``joint`` in place and returns how many outputs its forward has now."""
+    graph = joint.graph
+    for node in graph.find_nodes(op="call_function", target=aten.relu.default):
+        if node.meta.get("recompute") not in _USER_RECOMPUTES:
+            _split_relu(node)
+    dependent = tangent_dependent(graph)
+    pinned = [node for node in graph.nodes if node not in dependent and _is_discontinuous(node)]
+    for node in pinned:
+        if node.target is operator.getitem:
+            node.all_input_nodes[0].meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    output = graph.output_node()
+    (values,) = output.args
+    assert isinstance(values, list | tuple)
+    output.args = ([*values[:num_forward_outputs], *pinned, *values[num_forward_outputs:]],)
+    if "desc" in output.meta:
+        desc = output.meta["desc"]
+        output.meta["desc"] = [*desc[:num_forward_outputs], *(None for _ in pinned), *desc[num_forward_outputs:]]
+    graph.lint()
+    joint.recompile()
+    return num_forward_outputs + len(pinned)
+
+
+def _split_relu(node: fx.Node) -> None:
+    """Case 1. Not-a-number is not below 0 and stays."""
+    graph, (value,) = node.graph, node.all_input_nodes
+    with graph.inserting_before(node):
+        mask = call(graph, aten.le.Scalar, value, 0)
+        zero = call(
+            graph, aten.scalar_tensor.default, 0.0, dtype=value.meta["val"].dtype, device=value.meta["val"].device
+        )
+        selected = call(graph, aten.where.self, mask, zero, value)
+    for new in (mask, zero, selected):
+        new.meta = {**{k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta")}, "val": new.meta["val"]}
+    for user in list(node.users):
+        if user.target is aten.le.Scalar and user.args[1] == 0:
+            user.replace_all_uses_with(mask)
+            graph.erase_node(user)
+    node.replace_all_uses_with(selected)
+    graph.erase_node(node)
+
+
+def _is_discontinuous(node: fx.Node) -> bool:
+    """Whether ``node`` makes bools or integers from floating-point values."""
+    if node.op != "call_function" or not is_tensor(node) or node.meta["val"].dtype.is_floating_point:
+        return False
+    if node.meta.get("recompute") in _USER_RECOMPUTES:
+        return False
+    sources = node.all_input_nodes
+    if node.target is operator.getitem:
+        sources = sources[0].all_input_nodes
+    return any(is_tensor(source) and source.meta["val"].dtype.is_floating_point for source in sources)

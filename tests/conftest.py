@@ -1,0 +1,18 @@
+"""What every test starts from."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import actcompile
+
+
+@pytest.fixture(autouse=True)
+def fresh_state() -> Iterator[None]:
+    """Nothing compiled, nothing recorded, fixed seeds."""
+    actcompile.reset()
+    actcompile.set_rng_state({"position": 0})
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()

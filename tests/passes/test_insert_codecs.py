@@ -1,0 +1,144 @@
+"""insert_codecs: quantize, expanded tensors, narrow integers, what it leaves alone."""
+
+import pytest
+import torch
+
+from actcompile.passes.insert_codecs import insert_codecs
+from actcompile.plan import Action, Decision, Plan
+
+from .pairs import text, trace
+
+QUANTIZE = Decision(Action.QUANTIZE, "test", bits=8, group_size=32)
+
+
+def weight(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, requires_grad=True)
+
+
+def test_codes_cross_in_place_of_the_tensor() -> None:
+    traced = trace(lambda w, x: (x @ w).sin(), weight(8, 8), torch.randn(16, 8))
+    insert_codecs(traced.pair, traced.keep_all(mm=QUANTIZE))
+    assert text(traced.pair.forward) == "\n".join(
+        [
+            "primals_1 = input",
+            "primals_2 = input",
+            "primals_3 = input",
+            "mm = mm(primals_2, primals_1)",
+            "quantize_default = quantize(mm, 8, 32, primals_3, 0)",
+            "getitem = getitem(quantize_default, 0)",
+            "getitem_1 = getitem(quantize_default, 1)",
+            "getitem_2 = getitem(quantize_default, 2)",
+            "sin = sin(mm)",
+            "permute = permute(primals_2, [1, 0])",
+            "return [sin, getitem, getitem_1, getitem_2, permute]",
+        ]
+    )
+    assert text(traced.pair.backward) == "\n".join(
+        [
+            "mm_part0 = input",
+            "mm_part1 = input",
+            "mm_part2 = input",
+            "permute = input",
+            "tangents_1 = input",
+            "dequantize_default = dequantize(mm_part0, mm_part1, mm_part2, 8, 32, [16, 8], [8, 1], float32)",
+            "cos = cos(dequantize_default)",
+            "mul = mul(tangents_1, cos)",
+            "mm_1 = mm(permute, mul)",
+            "return [mm_1, None, None]",
+        ]
+    )
+
+
+def test_gradient_is_that_of_the_rounded_tensor() -> None:
+    w, x = weight(8, 8), torch.randn(16, 8)
+    traced = trace(lambda w, x: (x @ w).sin(), w, x)
+    (exact,) = traced.run()[1]
+    insert_codecs(traced.pair, traced.keep_all(mm=QUANTIZE))
+    outputs, (noisy,) = traced.run()
+    y = (x @ w).detach()
+    torch.testing.assert_close(outputs[0], y.sin(), rtol=0, atol=0)
+    codes, scale, zero = torch.ops.actcompile.quantize(y, 8, 32, traced.inputs[-1], 0)
+    rounded = torch.ops.actcompile.dequantize(codes, scale, zero, 8, 32, y.shape, y.stride(), y.dtype)
+    torch.testing.assert_close(noisy, x.t() @ rounded.cos())
+    assert 0 < (noisy - exact).norm() < 0.02 * exact.norm()
+
+
+def test_every_tensor_has_a_salt_of_its_own() -> None:
+    traced = trace(lambda w, x: (x @ w).sin().exp(), weight(8, 8), torch.randn(16, 8))
+    insert_codecs(traced.pair, traced.keep_all(mm=QUANTIZE, exp=QUANTIZE))
+    salts = [
+        node.args[-1]
+        for node in traced.pair.forward.graph.find_nodes(
+            op="call_function", target=torch.ops.actcompile.quantize.default
+        )
+    ]
+    assert len(salts) == 2 and len(set(salts)) == 2
+
+
+def test_keeping_everything_changes_nothing() -> None:
+    traced = trace(lambda w, x: (x @ w).sin(), weight(8, 8), torch.randn(16, 8))
+    before = text(traced.pair.forward), text(traced.pair.backward)
+    insert_codecs(traced.pair, traced.keep_all())
+    assert (text(traced.pair.forward), text(traced.pair.backward)) == before
+
+
+def test_running_twice_raises() -> None:
+    traced = trace(lambda w, x: (x @ w).sin(), weight(8, 8), torch.randn(16, 8))
+    plan = traced.keep_all(mm=QUANTIZE)
+    insert_codecs(traced.pair, plan)
+    with pytest.raises(AssertionError):
+        insert_codecs(traced.pair, plan)
+
+
+def test_a_slot_without_a_decision_raises() -> None:
+    traced = trace(lambda w, x: (x @ w).sin(), weight(8, 8), torch.randn(16, 8))
+    with pytest.raises(KeyError):
+        insert_codecs(traced.pair, Plan())
+
+
+def test_layout_survives() -> None:
+    """Convolutions of channels_last tensors and permuted tensors come back with their strides."""
+    images = torch.randn(2, 4, 6, 6).to(memory_format=torch.channels_last)
+    kernel = (torch.randn(4, 4, 3, 3) / 6).to(memory_format=torch.channels_last).requires_grad_()
+    traced = trace(lambda w, x: torch.conv2d(x, w).sin(), kernel, images)
+    (exact,) = traced.run()[1]
+    insert_codecs(traced.pair, traced.keep_all(convolution=QUANTIZE))
+    (decoder,) = traced.pair.backward.graph.find_nodes(
+        op="call_function", target=torch.ops.actcompile.dequantize.default
+    )
+    source = next(node for node in traced.pair.forward.graph.nodes if node.name == "convolution")
+    assert decoder.meta["val"].stride() == source.meta["val"].stride() == (64, 1, 16, 4)
+    (noisy,) = traced.run()[1]
+    assert (noisy - exact).norm() < 0.02 * exact.norm()
+
+
+def test_expanded_dimension_is_stored_once() -> None:
+    """An activation that another graph expanded arrives with a stride of 0."""
+    boundary = torch.randn(4, 1, 16, requires_grad=True).expand(4, 8, 16)
+    traced = trace(lambda x, y: (x * x.sin()) @ y, boundary, torch.randn(16, 16))
+    exact = traced.run()
+    insert_codecs(traced.pair, traced.keep_all(placeholder=QUANTIZE))
+    forward, backward = text(traced.pair.forward), text(traced.pair.backward)
+    assert "slice_tensor = slice(primals_1, 1, 0, 1)\nquantize_default = quantize(slice_tensor, " in forward
+    assert "8, 32, [4, 1, 16], [16, 0, 1], float32)\nexpand_default = expand(dequantize_default, [4, 8, 16])" in backward
+    outputs, (noisy,) = traced.run()
+    torch.testing.assert_close(outputs, exact[0], rtol=0, atol=0)
+    assert 0 < (noisy - exact[1][0]).norm() < 0.02 * exact[1][0].norm()
+
+
+def test_integers_are_narrowed() -> None:
+    images = torch.randn(2, 3, 20, 20)
+    kernel = weight(3, 3, 3, 3)
+
+    def function(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.max_pool2d(torch.conv2d(x, w), 17, 1)
+
+    traced = trace(function, kernel, images)
+    (key,) = (slot.key for slot in traced.pair.slots if slot.source.meta["val"].dtype == torch.int64)
+    outputs, gradients = traced.run()
+    plan = Plan({**traced.keep_all(), key: Decision(Action.NARROW, "test", dtype=torch.int16)})
+    insert_codecs(traced.pair, plan)
+    assert "convert_element_type_default = convert_element_type(view_1, int16)" in text(traced.pair.forward)
+    assert "convert_element_type_default = convert_element_type(view_1_part0, int64)" in text(traced.pair.backward)
+    again = traced.run()
+    torch.testing.assert_close(again, (outputs, gradients), rtol=0, atol=0)
