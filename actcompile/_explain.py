@@ -2,7 +2,7 @@
 
 The model is called once through the backend, under a mode that shows every operator fake tensors: Dynamo traces,
 AOTAutograd splits forward from backward, the planner decides, and the graphs are interpreted on fake tensors, so that
-what follows a graph break is traced as well. No operator computes anything, draws a random number or writes to a buffer.
+what follows a graph break is traced as well. No operator computes, draws a random number or writes to a buffer.
 """
 
 import copy

@@ -9,8 +9,8 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from .passes._fx import (
+    ALIAS_OPS,
     VALUE_PRESERVING_OPS,
-    VIEW_OPS,
     GraphPair,
     Slot,
     hint,
@@ -211,7 +211,7 @@ _INDEX_RESULTS: dict[tuple[str, object], int] = {
 
 def _storage(node: fx.Node) -> fx.Node:
     """The node whose memory ``node`` is a view of, or ``node`` itself."""
-    while node.target in VIEW_OPS and node.all_input_nodes:
+    while node.target in ALIAS_OPS and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
 

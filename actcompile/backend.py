@@ -77,7 +77,7 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[C
         raise ConfigError(f"inductor must be a dict of Inductor's settings, got {inductor!r}")
     ready = given.pop("config", None)
     config = ready if isinstance(ready, Config) and not given else Config.from_options(given)
-    return config, {**mode_options(mode), **inductor}
+    return config.resolved(), {**mode_options(mode), **inductor}
 
 
 def compile_graph(
@@ -124,7 +124,14 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Called by AOTAutograd with the joint graph."""
         baseline = baseline_nbytes(joint, joint_inputs, **kwargs)
-        pair = partition(joint, joint_inputs, recompute=self.config.recompute, input_roles=self.roles, **kwargs)
+        pair = partition(
+            joint,
+            joint_inputs,
+            recompute=self.config.recompute,
+            lossy=self.config.lossy,
+            input_roles=self.roles,
+            **kwargs,
+        )
         rows = analyze(pair)
         plan = make_plan(rows, self.config)
         run_passes(pair, plan)
@@ -136,7 +143,7 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
 
     def uuid(self) -> object:
         """What the compiled code depends on besides the graph: this package's sources and the settings."""
-        return get_hash_for_files(_sources(), repr((self.config, self.config.loaded_plan())))
+        return get_hash_for_files(_sources(), repr(self.config))
 
 
 @functools.cache

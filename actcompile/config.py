@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
-from .plan import Plan
+from .plan import Action, Plan
 
 # Bits that a code can have; EXACT_BITS keeps every tensor's own bits, so that only the lossless passes run.
 CODE_BITS = (1, 2, 3, 4, 6, 8)
@@ -137,17 +137,26 @@ class Config:
         return DEFAULT_BITS if bits is None else int(bits)
 
     @property
+    def lossy(self) -> bool:
+        """Whether any saved tensor may come back with rounding noise; a plan must be resolved."""
+        if isinstance(self.plan, Plan):
+            return any(decision.action is Action.QUANTIZE for decision in self.plan.values())
+        return self.code_bits is not None
+
+    @property
     def smallest_numel(self) -> int:
         """Elements below which a tensor stays exact."""
         return DEFAULT_MIN_NUMEL if self.min_numel is None else self.min_numel
 
-    def with_plan(self, plan: Plan) -> "Config":
-        """These settings with ``plan`` to be followed."""
-        return replace(self, plan=plan)
+    def resolved(self) -> "Config":
+        """These settings with the plan read from its file.
 
-    def loaded_plan(self) -> Plan | None:
-        """The plan that ``plan`` names, if any."""
-        return self.plan if self.plan is None or isinstance(self.plan, Plan) else Plan.load(self.plan)
+        Raises:
+            ConfigError: When the file is no plan.
+        """
+        if self.plan is None or isinstance(self.plan, Plan):
+            return self
+        return replace(self, plan=Plan.load(self.plan))
 
 
 def parse_nbytes(text: str) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from .passes._fx import VIEW_OPS, hint
+from .passes._fx import ALIAS_OPS, hint
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def _walk(
     """Appends one entry per operator of ``graph`` and returns the bytes alive at its end."""
     storage = {}
     for node in graph.nodes:
-        is_view = node.target in VIEW_OPS and node.all_input_nodes
+        is_view = node.target in ALIAS_OPS and node.all_input_nodes
         storage[node] = storage[node.all_input_nodes[0]] if is_view else node
     last_use = {}
     for node in graph.nodes:

@@ -23,9 +23,8 @@ def make_plan(rows: Sequence[SavedTensor], config: Config) -> Plan:
     Raises:
         ConfigError: When the plan that ``config`` brings does not cover the rows.
     """
-    given = config.loaded_plan()
-    if given is not None:
-        return given.select(rows)
+    if isinstance(config.plan, Plan):
+        return config.plan.select(rows)
     return Plan({row.key: _decide(row, config) for row in rows})
 
 

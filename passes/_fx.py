@@ -39,6 +39,9 @@ VIEW_OPS = frozenset(
 )
 VALUE_PRESERVING_OPS = VIEW_OPS | {aten.clone.default}
 
+# Operators whose result lies in the memory of their first argument.
+ALIAS_OPS = VIEW_OPS | {aten.slice.Tensor, aten.select.int, aten.diagonal.default, aten.as_strided.default}
+
 
 @dataclass
 class Slot:
@@ -248,6 +251,8 @@ def call(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: Any)
     values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
     with _fake_mode(graph):
         node.meta["val"] = target(*values[0], **values[1])
+    # Inductor holds an operator to the strides it was traced with only where it finds them here.
+    node.meta["eager_input_vals"] = values
     return node
 
 

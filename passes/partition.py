@@ -37,12 +37,23 @@ def partition(
     joint_inputs: Sequence[object],
     *,
     recompute: str,
+    lossy: bool,
     input_roles: Sequence[Role],
     num_fwd_outputs: int,
     **kwargs: Any,
 ) -> GraphPair:
-    """Splits ``joint``, which it changes; ``kwargs`` are what else AOTAutograd hands to a partitioner."""
-    num_outputs = pin_discontinuities(joint, num_fwd_outputs)
+    """Splits ``joint``, which it changes.
+
+    Args:
+        joint: The joint graph.
+        joint_inputs: Its inputs, as AOTAutograd hands them to a partitioner.
+        recompute: "none" or "cheap".
+        lossy: Whether saved tensors may come back with noise, so that decisions must be taken in the forward.
+        input_roles: Roles of the graph's inputs.
+        num_fwd_outputs: Outputs of the joint graph that belong to the forward.
+        **kwargs: What else AOTAutograd hands to a partitioner.
+    """
+    num_outputs = pin_discontinuities(joint, num_fwd_outputs) if lossy else num_fwd_outputs
     with functorch_config.patch(_CHEAP if recompute == "cheap" else {}):
         forward, backward = min_cut_rematerialization_partition(
             joint, joint_inputs, num_fwd_outputs=num_outputs, **kwargs

@@ -14,5 +14,6 @@ def fresh_state() -> Iterator[None]:
     actcompile.reset()
     actcompile.set_rng_state({"position": 0})
     torch.manual_seed(0)
+    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()

@@ -15,6 +15,7 @@ class Task:
     """A model in training mode with one batch; ``loss`` calls what stands in for the model on it."""
 
     model: nn.Module
+    inputs: tuple[Tensor, ...]
     loss: Callable[[Callable[..., object]], Tensor]
 
     def gradients(self, call: Callable[..., object] | None = None) -> dict[str, Tensor]:
@@ -60,7 +61,7 @@ def gpt(dropout: float = 0.0, layers: int = 2) -> Task:
     """Next-token prediction."""
     model = GPT(layers=layers, width=64, heads=2, vocabulary=96, tokens=64, dropout=dropout)
     tokens = torch.randint(96, (8, 65))
-    return Task(model, lambda call: call(tokens[:, :-1], tokens[:, 1:]))
+    return Task(model, (tokens,), lambda call: call(tokens[:, :-1], tokens[:, 1:]))
 
 
 def bert(dropout: float = 0.0) -> Task:
@@ -81,13 +82,14 @@ def bert(dropout: float = 0.0) -> Task:
     ids, labels = torch.randint(100, (8, 48)), torch.randint(2, (8,))
     mask = torch.ones(8, 48, dtype=torch.int64)
     mask[:4, 40:] = 0
-    return Task(model, lambda call: call(input_ids=ids, attention_mask=mask, labels=labels).loss)
+    inputs = (ids, mask, labels)
+    return Task(model, inputs, lambda call: call(input_ids=ids, attention_mask=mask, labels=labels).loss)
 
 
 def resnet(batch: int = 16) -> Task:
     """Image classification."""
     images, labels = torch.randn(batch, 3, 16, 16), torch.randint(10, (batch,))
-    return Task(ResNet(), lambda call: F.cross_entropy(call(images), labels))
+    return Task(ResNet(), (images, labels), lambda call: F.cross_entropy(call(images), labels))
 
 
 def relative_error(got: dict[str, Tensor], exact: dict[str, Tensor]) -> float:

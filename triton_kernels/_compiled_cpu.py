@@ -36,7 +36,9 @@ def _encoder(bits: int, group_size: int, dtype: torch.dtype) -> Callable[..., tu
         return compile_fx(traced, [groups, key])  # type: ignore[return-value]
 
 
-@torch.library.custom_op("actcompile::quantize_compiled", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "actcompile::quantize_compiled", mutates_args=(), device_types="cpu", tags=torch.Tag.needs_exact_strides
+)
 def quantize_compiled(x: Tensor, bits: int, group_size: int, seed: Tensor, salt: int) -> tuple[Tensor, Tensor, Tensor]:
     """``quantize`` with a compiled body."""
     if not x.numel():

@@ -1,20 +1,19 @@
 """Pairs of graphs traced from small functions, printed as text and run."""
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
-from actcompile.passes._fx import GraphPair, operator_name
-from actcompile.passes.partition import partition
 from torch import Tensor, fx
 from torch._functorch.aot_autograd import aot_function
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 
 from actcompile.analysis import analyze
+from actcompile.passes._fx import GraphPair, operator_name
+from actcompile.passes.partition import partition
 from actcompile.plan import Action, Decision, Plan, Role, SavedTensor
 
 
@@ -65,15 +64,19 @@ def trace(function: Callable[..., Any], *inputs: Tensor, recompute: str = "none"
 
 def trace_joint(function: Callable[..., Any], *inputs: Tensor) -> tuple[fx.GraphModule, int]:
     """The joint graph of ``function(*inputs)`` and the number of its forward outputs."""
-    found: list[tuple[fx.GraphModule, int]] = []
 
-    def split(joint: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
+    def stop(joint: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
         joint_graph_passes(joint)
-        found.append((copy.deepcopy(joint), kwargs["num_fwd_outputs"]))
-        return min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
+        raise _JointGraph(joint, kwargs["num_fwd_outputs"])
 
-    _traced(function, split)(*inputs, torch.tensor(1234))
-    return found[0]
+    with pytest.raises(_JointGraph) as found:
+        _traced(function, stop)(*inputs, torch.tensor(1234))
+    return found.value.joint, found.value.num_outputs
+
+
+class _JointGraph(Exception):  # noqa: N818  carries a result
+    def __init__(self, joint: fx.GraphModule, num_outputs: int) -> None:
+        self.joint, self.num_outputs = joint, num_outputs
 
 
 def _role(value: Tensor) -> Role:

@@ -120,7 +120,9 @@ def test_expanded_dimension_is_stored_once() -> None:
     insert_codecs(traced.pair, traced.keep_all(placeholder=QUANTIZE))
     forward, backward = text(traced.pair.forward), text(traced.pair.backward)
     assert "slice_tensor = slice(primals_1, 1, 0, 1)\nquantize_default = quantize(slice_tensor, " in forward
-    assert "8, 32, [4, 1, 16], [16, 0, 1], float32)\nexpand_default = expand(dequantize_default, [4, 8, 16])" in backward
+    assert (
+        "8, 32, [4, 1, 16], [16, 0, 1], float32)\nexpand_default = expand(dequantize_default, [4, 8, 16])" in backward
+    )
     outputs, (noisy,) = traced.run()
     torch.testing.assert_close(outputs, exact[0], rtol=0, atol=0)
     assert 0 < (noisy - exact[1][0]).norm() < 0.02 * exact[1][0].norm()

@@ -73,5 +73,5 @@ def test_running_twice_raises() -> None:
     traced = masked()
     plan = traced.keep_all(gt=PACK)
     pack_masks(traced.pair, plan)
-    with pytest.raises(ValueError, match="pack_bool takes torch.bool"):
+    with pytest.raises(ValueError, match="pack_bool takes"):
         pack_masks(traced.pair, plan)

@@ -1,0 +1,139 @@
+"""lower: what Inductor makes of the codecs gives the bits of the operators."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._inductor.compile_fx import compile_fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from actcompile.passes.insert_codecs import insert_codecs
+from actcompile.passes.lower import lower_encoders
+from actcompile.passes.pack_masks import pack_masks
+from actcompile.plan import Action, Decision
+from actcompile.triton_kernels.quantize import PLANES
+
+from .pairs import text, trace
+
+GROUP_SIZE = 64
+LAYOUTS = {
+    "one group": torch.Size([64]),
+    "one element": torch.Size([1]),
+    "rest": torch.Size([3, 50]),
+    "channels_last": torch.Size([2, 3, 8, 8]),
+    "permuted": torch.Size([5, 6, 7]),
+}
+
+
+def tensor(layout: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    x = torch.randn(LAYOUTS[layout])
+    if layout == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    return (x.permute(2, 0, 1) if layout == "permuted" else x).to(dtype)
+
+
+def compiled(function: Callable[..., Any], inputs: list[Tensor]) -> list[Tensor]:
+    with torch.no_grad():
+        return list(compile_fx(make_fx(function)(*inputs), inputs)(*inputs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dequantize(dtype: torch.dtype) -> None:
+    seed = torch.tensor(7)
+    cases = [(bits, tensor(layout, dtype)) for bits in PLANES for layout in LAYOUTS]
+    encoded = [torch.ops.actcompile.quantize(x, bits, GROUP_SIZE, seed, 3) for bits, x in cases]
+
+    def decode_all(*parts: Tensor) -> list[Tensor]:
+        return [
+            torch.ops.actcompile.dequantize(*parts[3 * i : 3 * i + 3], bits, GROUP_SIZE, x.shape, x.stride(), x.dtype)
+            for i, (bits, x) in enumerate(cases)
+        ]
+
+    parts = [part for triple in encoded for part in triple]
+    for got, expected, (bits, x) in zip(compiled(decode_all, parts), decode_all(*parts), cases, strict=True):
+        assert got.dtype == dtype and got.shape == x.shape and got.stride() == expected.stride(), (bits, x.shape)
+        assert torch.equal(got, expected), (bits, x.shape)
+        assert (got.float() - x.float()).abs().max() <= (x.float().max() - x.float().min()) / (2**bits - 1) * 1.02
+
+
+@pytest.mark.slow
+def test_decoding_fuses_into_what_reads_it() -> None:
+    """A decoded tensor that a pointwise operator reads is never written to memory."""
+    x = tensor("rest")
+    codes, scale, zero = torch.ops.actcompile.quantize(x, 4, GROUP_SIZE, torch.tensor(7), 3)
+
+    def function(codes: Tensor, scale: Tensor, zero: Tensor) -> list[Tensor]:
+        decoded = torch.ops.actcompile.dequantize(codes, scale, zero, 4, GROUP_SIZE, x.shape, x.stride(), x.dtype)
+        return [decoded * 2.0 + 1.0]
+
+    torch._inductor.metrics.reset()
+    (got,) = compiled(function, [codes, scale, zero])
+    assert torch._inductor.metrics.generated_kernel_count == 1
+    assert torch.equal(got, function(codes, scale, zero)[0])
+
+
+@pytest.mark.slow
+def test_unpack_bool() -> None:
+    masks = [tensor(layout) > 0 for layout in LAYOUTS]
+    packed = [torch.ops.actcompile.pack_bool(mask) for mask in masks]
+
+    def unpack_all(*packed: Tensor) -> list[Tensor]:
+        return [
+            torch.ops.actcompile.unpack_bool(part, mask.shape, mask.stride())
+            for part, mask in zip(packed, masks, strict=True)
+        ]
+
+    for got, mask in zip(compiled(unpack_all, packed), masks, strict=True):
+        assert got.dtype == torch.bool and got.stride() == mask.stride()
+        assert torch.equal(got, mask)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("bits", "dtype"),
+    # Every width and every dtype; one body is compiled for each.
+    [
+        (1, torch.float32),
+        (2, torch.bfloat16),
+        (3, torch.float32),
+        (4, torch.float16),
+        (6, torch.bfloat16),
+        (8, torch.float32),
+    ],
+)
+def test_compiled_encoder(bits: int, dtype: torch.dtype) -> None:
+    for layout in LAYOUTS:
+        x = tensor(layout, dtype)
+        arguments = (x, bits, GROUP_SIZE, torch.tensor(-(2**61) + 5), 11)
+        expected = torch.ops.actcompile.quantize(*arguments)
+        got = torch.ops.actcompile.quantize_compiled(*arguments)
+        for one, other in zip(got, expected, strict=True):
+            assert one.dtype == other.dtype
+            assert torch.equal(one, other), layout
+
+
+def test_encoders_point_to_their_compiled_bodies() -> None:
+    traced = trace(lambda w, x: (x @ w).sin(), torch.randn(8, 8, requires_grad=True), torch.randn(16, 8))
+    plan = traced.keep_all(mm=Decision(Action.QUANTIZE, "test", bits=4, group_size=32))
+    insert_codecs(traced.pair, plan)
+    before = text(traced.pair.forward), text(traced.pair.backward)
+    lower_encoders(traced.pair, plan)
+    once = text(traced.pair.forward)
+    assert once == before[0].replace("= quantize(", "= quantize_compiled(")
+    assert text(traced.pair.backward) == before[1]
+    lower_encoders(traced.pair, plan)
+    assert text(traced.pair.forward) == once
+
+
+def test_graph_without_encoders_is_unchanged() -> None:
+    traced = trace(
+        lambda w, x: torch.where(x @ w > 0, x @ w, 0.0), torch.randn(8, 8).requires_grad_(), torch.ones(4, 8)
+    )
+    plan = traced.keep_all(gt=Decision(Action.PACK, "test"))
+    pack_masks(traced.pair, plan)
+    before = text(traced.pair.forward), text(traced.pair.backward)
+    lower_encoders(traced.pair, plan)
+    assert (text(traced.pair.forward), text(traced.pair.backward)) == before
