@@ -12,7 +12,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,50 +45,69 @@ def _step(workload: Workload, compiled: Callable[..., Any]) -> None:
     workload.loss(compiled).backward()
 
 
-def compile_once(variant: str) -> float:
-    """Seconds that the first step takes longer than the second, in this process."""
+def compile_once(variant: str) -> tuple[float, float]:
+    """Seconds, and seconds of processor time, that the first step takes longer than the second in this process."""
     device = pick_device()
     tiny = torch.compile(nn.Sequential(nn.Linear(8, 8), nn.GELU()).to(device))
     tiny(torch.ones(8, 8, device=device)).sum().backward()
     step = make_step(variant, device)
-    first_s, second_s = _seconds(step), _seconds(step)
-    return first_s - second_s
+    (first_s, first_cpu_s), (second_s, second_cpu_s) = _seconds(step), _seconds(step)
+    return first_s - second_s, first_cpu_s - second_cpu_s
 
 
-def _seconds(fn: Callable[[], None]) -> float:
+def _seconds(fn: Callable[[], None]) -> tuple[float, float]:
+    """Elapsed time and processor time, that of finished child processes (compilers) included."""
     synchronize()
-    start = time.perf_counter()
+    before = os.times()
     fn()
     synchronize()
-    return time.perf_counter() - start
+    after = os.times()
+    return after.elapsed - before.elapsed, sum(after[:4]) - sum(before[:4])
 
 
-def compile_in_process(variant: str) -> float:
+def compile_in_process(variant: str) -> tuple[float, float]:
     """``compile_once`` in a fresh process with nothing cached."""
     with tempfile.TemporaryDirectory() as cache:
         env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-        command = [sys.executable, "-m", "bench.step", "--compile-once", variant]
+        command = [sys.executable, "-W", "ignore", "-m", "bench.step", "--compile-once", variant]
         done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
-    return float(json.loads(done.stdout.splitlines()[-1]))
+    elapsed_s, cpu_s = json.loads(done.stdout.splitlines()[-1])
+    return elapsed_s, cpu_s
 
 
 def measure_variants(variants: list[str], rounds: int, pairs: int) -> dict[str, dict[str, list[float]]]:
     """Step times in ms and compile times in s of each variant."""
-    compile_s: dict[str, list[float]] = {variant: [] for variant in variants}
+    measured: dict[str, dict[str, list[float]]] = {
+        variant: {"step_ms": [], "compile_s": [], "compile_cpu_s": []} for variant in variants
+    }
     for _ in range(pairs):
         for variant in variants:
-            compile_s[variant].append(compile_in_process(variant))
-            print(f"compile {variant}: {compile_s[variant][-1]:.1f} s", flush=True)
-    steps = {variant: make_step(variant, pick_device()) for variant in variants}
-    measure_steps(steps, 3)
-    step_ms = measure_steps(steps, rounds)
-    return {variant: {"step_ms": step_ms[variant], "compile_s": compile_s[variant]} for variant in variants}
+            elapsed_s, cpu_s = compile_in_process(variant)
+            measured[variant]["compile_s"].append(elapsed_s)
+            measured[variant]["compile_cpu_s"].append(cpu_s)
+            print(f"compile {variant}: {elapsed_s:.1f} s, {cpu_s:.1f} s of processor time", flush=True)
+    if rounds:
+        steps = {variant: make_step(variant, pick_device()) for variant in variants}
+        measure_steps(steps, 3)
+        for variant, times in measure_steps(steps, rounds).items():
+            measured[variant]["step_ms"] = times
+    return measured
+
+
+def summarize(variant: str, times: Mapping[str, list[float]], base: Mapping[str, list[float]] | None) -> dict[str, Any]:
+    """One row: medians, their ratios to ``base``, and the best values, which other work disturbs least."""
+    row: dict[str, Any] = {"variant": variant}
+    for name, values in times.items():
+        for prefix, pick in (("", statistics.median), ("best_", min)):
+            row[prefix + name] = round(pick(values), 2) if values else None
+            row[f"{prefix}{name}_ratio"] = round(pick(values) / pick(base[name]), 3) if values and base else None
+    return row
 
 
 def main() -> None:
     """Measures, appends rows and prints the table."""
     parser = argparse.ArgumentParser("python -m bench.step", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=20, help="timed steps of each variant")
+    parser.add_argument("--rounds", type=int, default=20, help="timed steps of each variant; 0 leaves them out")
     parser.add_argument("--pairs", type=int, default=3, help="compilations of each variant; 0 leaves them out")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS)[:2], help="what to measure")
     parser.add_argument("--compile-once", choices=VARIANTS, help=argparse.SUPPRESS)
@@ -98,18 +116,10 @@ def main() -> None:
         print(json.dumps(compile_once(options.compile_once)))
         return
     measured = measure_variants(options.variants, options.rounds, options.pairs)
-    base = measured.get(BASELINE)
     table = []
     for variant, times in measured.items():
-        row: dict[str, Any] = {"variant": variant}
-        for name, values in times.items():
-            median = statistics.median(values) if values else None
-            reference = statistics.median(base[name]) if base and base[name] else None
-            row[name] = median and round(median, 2)
-            row[f"{name}_ratio"] = median and reference and round(median / reference, 3)
-            row[f"{name}_spread"] = median and round((max(values) - min(values)) / median, 3)
-        append_row("step", {**row, "rounds": options.rounds, "pairs": options.pairs})
-        table.append(row)
+        table.append(summarize(variant, times, measured.get(BASELINE)))
+        append_row("step", {**table[-1], "rounds": options.rounds, "pairs": options.pairs})
     print(tabulate(table, headers="keys"))
 
 
