@@ -2,7 +2,6 @@
 
 import math
 import operator
-from collections.abc import Iterable
 
 import torch
 from torch import fx
@@ -13,6 +12,7 @@ from .passes._fx import (
     VALUE_PRESERVING_OPS,
     GraphPair,
     Slot,
+    graph_outputs,
     hint,
     is_tensor,
     module_path,
@@ -134,7 +134,7 @@ def is_statistic(node: fx.Node) -> bool:
     """Whether ``node`` was reduced from something much larger, pointwise steps after the reduction included."""
     numel = hint(node.meta["val"].numel())
     if operator_name(node).startswith(_ATTENTION):
-        return node.target is operator.getitem and node.args[1] != 0
+        return node.target is operator.getitem and node.args[1:] != (0,)
     pending, seen = [node], set()
     while pending:
         current = pending.pop()
@@ -219,10 +219,8 @@ def _storage(node: fx.Node) -> fx.Node:
 def _reached_gradients(graph: fx.Graph, order: dict[fx.Node, int]) -> dict[fx.Node, frozenset[int]]:
     """For every backward node, the positions of the gradients that it reaches."""
     reached: dict[fx.Node, frozenset[int]] = {}
-    (gradients,) = graph.output_node().args
-    assert isinstance(gradients, Iterable)
     ends: dict[fx.Node, set[int]] = {}
-    for position, node in enumerate(gradients):
+    for position, node in enumerate(graph_outputs(graph)):
         if isinstance(node, fx.Node):
             ends.setdefault(node, set()).add(position)
     for node in sorted(order, key=order.__getitem__, reverse=True):

@@ -120,12 +120,12 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
         self.record = record
 
     def __call__(
-        self, joint: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Called by AOTAutograd with the joint graph."""
-        baseline = baseline_nbytes(joint, joint_inputs, **kwargs)
+        baseline = baseline_nbytes(gm, joint_inputs, **kwargs)
         pair = partition(
-            joint,
+            gm,
             joint_inputs,
             recompute=self.config.recompute,
             lossy=self.config.lossy,

@@ -121,7 +121,10 @@ class Config:
                     f"options must be fields of actcompile.Config, mode or inductor, got {name!r}: use one of "
                     f"{', '.join(known)}"
                 )
-        return cls(**{name: tuple(value) if name == "skip" else value for name, value in options.items()})
+        values: dict[str, Any] = dict(options)
+        if isinstance(values.get("skip"), list):
+            values["skip"] = tuple(values["skip"])
+        return cls(**values)
 
     def setting(self, name: str) -> Any:
         """A field's value where it was given, else the level's, else None."""

@@ -1,12 +1,11 @@
 """Bytes that are alive while a pair of graphs runs, node by node."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from .passes._fx import ALIAS_OPS, hint
+from .passes._fx import ALIAS_OPS, graph_outputs, hint
 
 
 @dataclass(frozen=True)
@@ -31,13 +30,13 @@ def step_timeline(forward: fx.Graph, backward: fx.Graph) -> Timeline:
 
     Fused operators allocate less than this says; the order is that of the graphs.
     """
-    labels, live = [], []
-    (outputs,) = forward.output_node().args
-    kept = {node for node in _nodes(outputs) if node.op != "placeholder"}
+    labels: list[str] = []
+    live: list[int] = []
+    kept = {node for node in _nodes(forward) if node.op != "placeholder"}
     level = _walk(forward, set(), kept, 0, labels, live)
     num_forward = len(live)
     received = {n for n in backward.find_nodes(op="placeholder") if not n.name.startswith(("primals", "tangents"))}
-    _walk(backward, received, set(_nodes(backward.output_node().args[0])), level, labels, live)
+    _walk(backward, received, set(_nodes(backward)), level, labels, live)
     return Timeline(tuple(labels), tuple(live), num_forward)
 
 
@@ -45,7 +44,7 @@ def _walk(
     graph: fx.Graph, owned: set[fx.Node], kept: set[fx.Node], level: int, labels: list[str], live: list[int]
 ) -> int:
     """Appends one entry per operator of ``graph`` and returns the bytes alive at its end."""
-    storage = {}
+    storage: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         is_view = node.target in ALIAS_OPS and node.all_input_nodes
         storage[node] = storage[node.all_input_nodes[0]] if is_view else node
@@ -74,6 +73,6 @@ def _nbytes(node: fx.Node) -> int:
     return hint(value.numel()) * value.element_size() if isinstance(value, torch.Tensor) else 0
 
 
-def _nodes(values: object) -> list[fx.Node]:
-    assert isinstance(values, Iterable)
-    return [value for value in values if isinstance(value, fx.Node)]
+def _nodes(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that ``graph`` returns."""
+    return [value for value in graph_outputs(graph) if isinstance(value, fx.Node)]

@@ -14,6 +14,7 @@ Terms, used throughout with these meanings:
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
@@ -112,12 +113,12 @@ class Plan(Mapping[str, Decision]):
         entries = {key: _to_jsonable(decision) for key, decision in self.decisions.items()}
         return json.dumps({"format": PLAN_FORMAT, "version": PLAN_VERSION, "decisions": entries}, indent=1)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan to ``path``."""
         Path(path).write_text(self.to_json() + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> "Plan":
+    def load(cls, path: str | os.PathLike[str]) -> "Plan":
         """Reads a plan written by ``save``.
 
         Raises:

@@ -103,8 +103,7 @@ class GraphPair:
             input_roles: Roles of the graph's inputs; a seed is the last of them.
         """
         output = forward.graph.output_node()
-        (outputs,) = output.args
-        assert isinstance(outputs, Sequence)
+        outputs = graph_outputs(forward.graph)
         saved = list(outputs[num_user_outputs + num_pinned :])
         tensors = [node for node in saved if isinstance(node.meta.get("val"), torch.Tensor)]
         assert saved[: len(tensors)] == tensors, saved
@@ -175,9 +174,8 @@ def _placeholder_roles(forward: fx.GraphModule, input_roles: Sequence[Role]) -> 
     """Roles of the forward's placeholders; what cannot be told apart counts as the caller's."""
     roles = {}
     for node in forward.graph.find_nodes(op="placeholder"):
-        index = getattr(node.meta.get("desc"), "idx", None)
-        known = index is not None and index < len(input_roles)
-        roles[node] = input_roles[index] if known else Role.INPUT
+        index: int = getattr(node.meta.get("desc"), "idx", len(input_roles))
+        roles[node] = input_roles[index] if index < len(input_roles) else Role.INPUT
     return roles
 
 
@@ -190,6 +188,12 @@ def _find_seed(forward: fx.GraphModule) -> fx.Node:
         and node.meta["val"].dtype == torch.int64
         and node.meta["val"].dim() == 0
     ][-1]
+
+
+def graph_outputs(graph: fx.Graph) -> list[Any]:
+    """What ``graph`` returns: nodes and constants."""
+    (outputs,) = graph.output_node().args
+    return list(outputs)  # type: ignore[arg-type]
 
 
 def is_tensor(node: fx.Node) -> bool:

@@ -41,6 +41,11 @@ def lower_encoders(pair: GraphPair, plan: Plan) -> None:
             node.target = _COMPILED_ON_CPU[node.target]
 
 
+def _launch(operator: torch._ops.OpOverload, *args: Any) -> Any:
+    """Calls ``operator`` as it is, which launches its kernel."""
+    return fallback_handler(operator, add_to_fallback_set=False)(*args)  # type: ignore[no-untyped-call]
+
+
 def _constant(value: int) -> Any:
     return ops.constant(value, torch.int32)
 
@@ -75,9 +80,8 @@ def _lower_dequantize(
     stride: Sequence[Any],
     dtype: torch.dtype,
 ) -> Any:
-    if codes.get_device().type != "cpu":
-        handler = fallback_handler(actcompile.dequantize.default, add_to_fallback_set=False)
-        return handler(codes, scale, zero, bits, group_size, shape, stride, dtype)
+    if codes.get_device_or_error().type != "cpu":
+        return _launch(actcompile.dequantize.default, codes, scale, zero, bits, group_size, shape, stride, dtype)
     (groups,) = scale.get_size()
     load_codes, load_scale, load_zero = codes.make_loader(), scale.make_loader(), zero.make_loader()
     # Loops over [group, part, column]: the parts of the narrowest plane, each a run of bytes in every plane.
@@ -109,8 +113,8 @@ def _lower_dequantize(
 
 @register_lowering(actcompile.unpack_bool.default, type_promotion_kind=None)
 def _lower_unpack_bool(packed: ir.TensorBox, shape: Sequence[Any], stride: Sequence[Any] | None = None) -> Any:
-    if packed.get_device().type != "cpu":
-        return fallback_handler(actcompile.unpack_bool.default, add_to_fallback_set=False)(packed, shape, stride)
+    if packed.get_device_or_error().type != "cpu":
+        return _launch(actcompile.unpack_bool.default, packed, shape, stride)
     (nbytes,) = packed.get_size()
     load = packed.make_loader()
 

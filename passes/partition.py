@@ -25,7 +25,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from actcompile.plan import Role
 
-from ._fx import GraphPair, Slot, first_user, hint, retire, value_chain
+from ._fx import GraphPair, Slot, first_user, graph_outputs, hint, retire, value_chain
 from .pin_discontinuities import pin_discontinuities
 
 # Bans on recomputing that "cheap" lifts; the ban on what is used far apart stays, it keeps the residual stream.
@@ -66,9 +66,8 @@ def partition(
 def baseline_nbytes(joint: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> int:
     """Bytes that torch.compile would save for ``joint``, parameters and graph inputs left out."""
     forward, _ = min_cut_rematerialization_partition(copy.deepcopy(joint), joint_inputs, **kwargs)
-    (outputs,) = forward.graph.output_node().args
-    assert isinstance(outputs, Sequence)
-    saved = [node for node in outputs[kwargs["num_fwd_outputs"] :] if isinstance(node, fx.Node)]
+    outputs = graph_outputs(forward.graph)[kwargs["num_fwd_outputs"] :]
+    saved = [node for node in outputs if isinstance(node, fx.Node)]
     return sum(tensor_nbytes(node.meta["val"]) for node in saved if value_chain(node)[-1].op != "placeholder")
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ._fx import call, is_tensor, tangent_dependent
+from ._fx import call, graph_outputs, is_tensor, tangent_dependent
 
 aten = torch.ops.aten
 
@@ -42,8 +42,7 @@ def pin_discontinuities(joint: fx.GraphModule, num_forward_outputs: int) -> int:
             node.all_input_nodes[0].meta["recompute"] = CheckpointPolicy.MUST_SAVE
         node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     output = graph.output_node()
-    (values,) = output.args
-    assert isinstance(values, list | tuple)
+    values = graph_outputs(graph)
     output.args = ([*values[:num_forward_outputs], *pinned, *values[num_forward_outputs:]],)
     if "desc" in output.meta:
         desc = output.meta["desc"]

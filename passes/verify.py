@@ -4,7 +4,7 @@ from torch import fx
 
 from actcompile.plan import Plan
 
-from ._fx import GraphPair
+from ._fx import GraphPair, graph_outputs
 from .place_codecs import DECODERS, ENCODERS
 
 
@@ -14,9 +14,8 @@ def verify(pair: GraphPair, plan: Plan) -> None:
     Raises:
         AssertionError: Naming the slot that is broken.
     """
-    (outputs,) = pair.forward.graph.output_node().args
     expected = [*pair.user_outputs, *(n for slot in pair.slots for n in slot.outputs), *pair.trailing_outputs]
-    assert list(outputs) == expected, "the forward's outputs are not what the slots say"  # type: ignore[arg-type]
+    assert graph_outputs(pair.forward.graph) == expected, "the forward's outputs are not what the slots say"
     placeholders = pair.backward.graph.find_nodes(op="placeholder")
     received = [*pair.symbol_placeholders, *(node for slot in pair.slots for node in slot.placeholders)]
     assert placeholders[: len(received)] == received, "the backward's placeholders are not what the slots say"
