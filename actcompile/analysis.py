@@ -15,11 +15,9 @@ from .passes._fx import (
     graph_outputs,
     hint,
     is_tensor,
-    module_path,
-    operator_name,
-    source_line,
     value_chain,
 )
+from .passes._naming import module_path, operator_name, source_line
 from .plan import Role, SavedTensor
 
 aten = torch.ops.aten

@@ -1,8 +1,7 @@
 """The pair of graphs that the passes rewrite, and what they share to do so."""
 
 import operator
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,8 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from actcompile import triton_kernels as _operators  # noqa: F401  defines them
 from actcompile.plan import Role
+
+from ._naming import saved_keys
 
 aten = torch.ops.aten
 
@@ -299,39 +300,3 @@ def hint(value: Any) -> int:
         known = value.node.hint
         return 0 if known is None else int(known)
     return int(value)
-
-
-def module_path(node: fx.Node) -> str:
-    """Dotted path of the module that computed ``node``, or an empty string for the model itself."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    if not stack:
-        return ""
-    # "L['self'].layers.0.fc", "L['self']._modules['layers']._modules['0']" and the like.
-    names = re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", str(stack[-1][0])).split(".")
-    return ".".join(name for name in names[2:] if name and name != "_modules")
-
-
-def operator_name(node: fx.Node) -> str:
-    """Short name of what computed ``node``: "addmm", "gelu", "placeholder"."""
-    if node.op != "call_function":
-        return node.op
-    if node.target is operator.getitem:
-        (above, *_) = node.all_input_nodes
-        return operator_name(above)
-    name = getattr(node.target, "__name__", str(node.target))
-    return name.split(".")[0]
-
-
-def source_line(node: fx.Node) -> str:
-    """``file.py:line`` of the user's code that made ``node``, or an empty string."""
-    found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    return f"{found[-1][0].rsplit('/', 1)[-1]}:{found[-1][1]}" if found else ""
-
-
-def saved_keys(nodes: Sequence[fx.Node]) -> Iterator[str]:
-    """One key per saved tensor that survives other batch sizes, ranks and restarts: module, operator, number."""
-    seen: dict[str, int] = {}
-    for node in nodes:
-        stem = f"{module_path(node)}/{operator_name(node)}"
-        seen[stem] = seen.get(stem, 0) + 1
-        yield stem if seen[stem] == 1 else f"{stem}#{seen[stem]}"

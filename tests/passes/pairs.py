@@ -12,7 +12,8 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 
 from actcompile.analysis import analyze
-from actcompile.passes._fx import GraphPair, operator_name
+from actcompile.passes._fx import GraphPair
+from actcompile.passes._naming import operator_name
 from actcompile.passes.partition import partition
 from actcompile.plan import Action, Decision, Plan, Role, SavedTensor
 

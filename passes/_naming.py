@@ -1,0 +1,43 @@
+"""What nodes are called where people read or write about them: reports, plans, patterns."""
+
+import operator
+import re
+from collections.abc import Iterator, Sequence
+
+from torch import fx
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted path of the module that computed ``node``, or an empty string for the model itself."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    if not stack:
+        return ""
+    # "L['self'].layers.0.fc", "L['self']._modules['layers']._modules['0']" and the like.
+    names = re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", str(stack[-1][0])).split(".")
+    return ".".join(name for name in names[2:] if name and name != "_modules")
+
+
+def operator_name(node: fx.Node) -> str:
+    """Short name of what computed ``node``: "addmm", "gelu", "placeholder"."""
+    if node.op != "call_function":
+        return node.op
+    if node.target is operator.getitem:
+        (above, *_) = node.all_input_nodes
+        return operator_name(above)
+    name = getattr(node.target, "__name__", str(node.target))
+    return name.split(".")[0]
+
+
+def source_line(node: fx.Node) -> str:
+    """``file.py:line`` of the user's code that made ``node``, or an empty string."""
+    found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return f"{found[-1][0].rsplit('/', 1)[-1]}:{found[-1][1]}" if found else ""
+
+
+def saved_keys(nodes: Sequence[fx.Node]) -> Iterator[str]:
+    """One key per saved tensor that survives other batch sizes, ranks and restarts: module, operator, number."""
+    seen: dict[str, int] = {}
+    for node in nodes:
+        stem = f"{module_path(node)}/{operator_name(node)}"
+        seen[stem] = seen.get(stem, 0) + 1
+        yield stem if seen[stem] == 1 else f"{stem}#{seen[stem]}"
