@@ -103,7 +103,6 @@ def compile_graph(
         settings=settings,
     )
 
-    @functools.wraps(compiled)
     def run(*args: Any) -> Any:
         record.see_parameters(args)
         return compiled(*args, next_seed(config.seed, device))

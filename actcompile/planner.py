@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 import torch
 
 from .config import CODE_BITS, Config
-from .plan import Action, Decision, Plan, SavedTensor
+from .plan import Action, Decision, Plan, Role, SavedTensor
 from .triton_kernels.pack_bool import packed_nbytes
 from .triton_kernels.quantize import quantized_nbytes
 
@@ -57,6 +57,8 @@ def _decide(row: SavedTensor, config: Config) -> Decision:
     if row.cancels:
         bits = min(width for width in CODE_BITS if width >= min(bits + CANCELLATION_BITS, max(CODE_BITS)))
         reason = f"{CANCELLATION_BITS} bits more: its noise is left over where the backward cancels"
+    if row.role is Role.BOUNDARY:
+        reason += "; memory falls once the caller drops the tensor"
     decision = Decision(Action.QUANTIZE, reason, bits=bits, group_size=config.group_size)
     if stored_nbytes(row, decision) >= row.nbytes:
         return Decision(Action.KEEP, "codes would take no fewer bytes")

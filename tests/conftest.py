@@ -7,6 +7,9 @@ import torch
 
 import actcompile
 
+# The models are tiny: threads would wait for each other longer than they work.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def fresh_state() -> Iterator[None]:

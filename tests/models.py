@@ -86,7 +86,7 @@ def bert(dropout: float = 0.0) -> Task:
     return Task(model, inputs, lambda call: call(input_ids=ids, attention_mask=mask, labels=labels).loss)
 
 
-def resnet(batch: int = 16) -> Task:
+def resnet(batch: int = 32) -> Task:
     """Image classification."""
     images, labels = torch.randn(batch, 3, 16, 16), torch.randint(10, (batch,))
     return Task(ResNet(), (images, labels), lambda call: F.cross_entropy(call(images), labels))
