@@ -14,7 +14,6 @@ What is saved is then normalised:
 The tensor that is saved in place of others never has more elements than they have.
 """
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,10 +64,19 @@ def partition(
 
 def baseline_nbytes(joint: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> int:
     """Bytes that torch.compile would save for ``joint``, parameters and graph inputs left out."""
-    forward, _ = min_cut_rematerialization_partition(copy.deepcopy(joint), joint_inputs, **kwargs)
+    untouched = fx.GraphModule(joint, _copy(joint.graph))
+    forward, _ = min_cut_rematerialization_partition(untouched, joint_inputs, **kwargs)
     outputs = graph_outputs(forward.graph)[kwargs["num_fwd_outputs"] :]
     saved = [node for node in outputs if isinstance(node, fx.Node)]
     return sum(tensor_nbytes(node.meta["val"]) for node in saved if value_chain(node)[-1].op != "placeholder")
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    """A copy to be partitioned, not to be run: without the calling convention of its inputs."""
+    copied = fx.Graph()
+    output = copied.output(copied.graph_copy(graph, {}))
+    output.meta = dict(graph.output_node().meta)
+    return copied
 
 
 def tensor_nbytes(value: object) -> int:
