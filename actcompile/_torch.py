@@ -13,7 +13,7 @@ from torch import fx
 # 2.11 to 2.13.
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.source import ConstantSource
-from torch._guards import TracingContext
+from torch._guards import CompileContext, TracingContext
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
@@ -26,6 +26,7 @@ __all__ = [
     "add_scalar_input",
     "check_cpp_compiler",
     "compile_pair",
+    "current_frame",
     "fake_mode_for",
     "get_hash_for_files",
     "isolated_compile",
@@ -97,6 +98,12 @@ def _interpret(graph: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: A
 def fake_mode_for(values: Sequence[Any]) -> FakeTensorMode:
     """A mode under which no operator computes: that of ``values`` if they are fake already, else a new one."""
     return torch._guards.detect_fake_mode(list(values)) or FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def current_frame() -> int | None:
+    """A number for the code that Dynamo compiles right now, the same each time it is compiled again."""
+    compile_id = CompileContext.current_compile_id()
+    return None if compile_id is None else compile_id.frame_id
 
 
 def isolated_compile(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ._torch import current_frame
 from .config import Config
 from .memory import Timeline, step_timeline
 from .plan import Plan, Role, SavedTensor
@@ -24,6 +25,7 @@ class GraphRecord:
         self.plan = Plan()
         self.baseline_nbytes = 0
         self.timeline: Timeline | None = None
+        self._frame = current_frame()
         self._roles = roles
         self._parameters: list[weakref.ref[torch.Tensor]] | None = None
 
@@ -43,6 +45,14 @@ class GraphRecord:
         known = {id(parameter) for parameter in parameters}
         return any(id(reference()) in known for reference in self._parameters or ())
 
+    def replaces(self, earlier: "GraphRecord") -> bool:
+        """Whether ``earlier`` is the same code of the same model, compiled for other sizes."""
+        if self._frame is None or self._frame != earlier._frame or self._parameters is None:
+            return False
+        return [id(reference()) for reference in self._parameters] == [
+            id(reference()) for reference in earlier._parameters or ()
+        ]
+
     def summary(self) -> str:
         """One line for the log."""
         counted = [row for row in self.rows if row.role in (Role.ACTIVATION, Role.BOUNDARY)]
@@ -61,8 +71,9 @@ def add(config: Config, roles: Sequence[Role]) -> GraphRecord:
 
 
 def finished() -> list[GraphRecord]:
-    """Records of graphs whose partition is done, oldest first."""
-    return [record for record in _records if record.rows]
+    """Records of graphs whose partition is done, oldest first; of code that was compiled again, the latest."""
+    done = [record for record in _records if record.rows]
+    return [record for i, record in enumerate(done) if not any(later.replaces(record) for later in done[i + 1 :])]
 
 
 @contextmanager

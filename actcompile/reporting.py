@@ -140,7 +140,7 @@ def _fold_key(row: ReportRow, pattern: str, position: int) -> tuple[object, ...]
 def _cell_row(rows: Sequence[ReportRow]) -> list[str]:
     first, count = rows[0], len(rows)
     return [
-        _folded_name([row.module for row in rows]) + (f" (x{count})" if count > 1 else ""),
+        folded_name([row.module for row in rows]) + (f" (x{count})" if count > 1 else ""),
         first.op,
         "x".join(map(str, first.shape)) or "scalar",
         str(first.dtype).removeprefix("torch."),
@@ -153,11 +153,11 @@ def _cell_row(rows: Sequence[ReportRow]) -> list[str]:
     ]
 
 
-def _folded_name(modules: Sequence[str]) -> str:
+def folded_name(modules: Sequence[str]) -> str:
     """ "blocks.0.fc", ..., "blocks.3.fc" -> "blocks.0-3.fc"; what runs with gaps is listed by first and last."""
-    parts = [module.split(".") for module in modules]
+    columns = zip(*(module.split(".") for module in modules), strict=True)
     return ".".join(
-        column[0] if len(set(column)) == 1 else f"{column[0]}-{column[-1]}" for column in zip(*parts, strict=True)
+        column[0] if len(set(column)) == 1 else f"{min(column, key=int)}-{max(column, key=int)}" for column in columns
     )
 
 

@@ -9,7 +9,8 @@ from torch import fx
 
 def module_path(node: fx.Node) -> str:
     """Dotted path of the module that computed ``node``, or an empty string for the model itself."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    # What autograd made, carries the module of the operator that it belongs to.
+    stack = list((node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}).values())
     if not stack:
         return ""
     # "L['self'].layers.0.fc", "L['self']._modules['layers']._modules['0']" and the like.

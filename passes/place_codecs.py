@@ -6,7 +6,7 @@ becomes
     forward:   x = f(a);  codes = quantize(x);  y = g(x);  ...;  return y, codes
     backward:  ...;  x = dequantize(codes);  gy = h(grad, x);  ...;  x2 = dequantize(codes);  gw = mm(grad, x2)
 
-    1. encoders    move up, right behind what they read
+    1. encoders    move up, with the views that they read, right behind what computes these
     2. decoders    move down to their first user, and run again for users that come much later
     3. recomputed  forward operators move down to their first user in the backward, the last ones first
 
@@ -24,7 +24,7 @@ from torch import fx
 
 from actcompile.plan import Plan
 
-from ._fx import GraphPair, body_anchor, tangent_dependent
+from ._fx import GraphPair, body_anchor, tangent_dependent, value_chain
 
 ENCODERS = frozenset({torch.ops.actcompile.quantize.default, torch.ops.actcompile.pack_bool.default})
 DECODERS = frozenset({torch.ops.actcompile.dequantize.default, torch.ops.actcompile.unpack_bool.default})
@@ -36,20 +36,23 @@ _NEARBY = 12
 def place_codecs(pair: GraphPair, plan: Plan) -> None:
     """Moves encoders up, decoders and recomputed operators down."""
     for node in [n for n in pair.forward.graph.nodes if n.target in ENCODERS]:
+        # What autograd rearranges for its own use stands at the end of the forward.
+        for arranged in reversed(value_chain(node.all_input_nodes[0])[:-1]):
+            _hoist(arranged)
         _hoist(node)
     _sink_independent(pair.backward.graph)
     for node in [n for n in pair.backward.graph.nodes if n.target in DECODERS]:
         _split(node)
 
 
-def _hoist(encoder: fx.Node) -> None:
-    """Moves ``encoder`` and its results right behind the last of its inputs."""
-    order = {node: position for position, node in enumerate(encoder.graph.nodes)}
-    anchor = body_anchor(max(encoder.all_input_nodes, key=order.__getitem__))
+def _hoist(moved: fx.Node) -> None:
+    """Moves a node and its results right behind the last of its inputs."""
+    order = {node: position for position, node in enumerate(moved.graph.nodes)}
+    anchor = body_anchor(max(moved.all_input_nodes, key=order.__getitem__))
     # An operator with several results is only there once its getitems are.
     while anchor.next.target is operator.getitem:
         anchor = anchor.next
-    for node in (encoder, *(user for user in encoder.users if user.target is operator.getitem)):
+    for node in (moved, *(user for user in moved.users if user.target is operator.getitem)):
         anchor.append(node)
         anchor = node
 

@@ -1,0 +1,153 @@
+"""The picture of a report: what is stored for every tensor, and the bytes that are alive while a step runs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .memory import Timeline
+from .plan import Action
+from .reporting import MIB, Report, ReportRow, fold_layers, folded_name
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Colours that the color-blind can tell apart (Okabe and Ito, 2008).
+_COLORS = {
+    Action.KEEP: "#999999",
+    Action.PACK: "#E69F00",
+    Action.NARROW: "#CC79A7",
+    Action.QUANTIZE: "#0072B2",
+}
+_REST, _FORWARD, _BACKWARD, _PEAK = "#CCCCCC", "#0072B2", "#D55E00", "#000000"
+
+_WIDTH, _BAR_HEIGHT, _TIMELINE_HEIGHT, _MARGINS = 10.0, 0.24, 3.2, 1.9
+# Tensors below this share of all saved bytes, and those beyond this number of bars, share the last bar.
+_MIN_SHARE = 0.003
+_MAX_BARS = 40
+
+
+def plot_report(report: Report, path: str | Path | None) -> "Figure":
+    """Draws ``report``; writes the picture to ``path`` if that is given, in the format of its ending.
+
+    Raises:
+        ImportError: When matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "a report is drawn with matplotlib, which is not installed: pip install actcompile[report]"
+        ) from error
+
+    groups, rest = _by_size(fold_layers([row for row in report.rows if row.counts]))
+    heights = [max(1, len(groups) + bool(rest)) * _BAR_HEIGHT + 0.6, _TIMELINE_HEIGHT]
+    figure = Figure(figsize=(_WIDTH, sum(heights) + _MARGINS), layout="constrained")
+    tensors, memory = figure.subplots(2, 1, height_ratios=heights)
+    _draw_tensors(tensors, groups, rest, report)
+    _draw_memory(memory, report.timelines)
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def _by_size(groups: list[list[ReportRow]]) -> tuple[list[list[ReportRow]], list[ReportRow]]:
+    """Groups that get a bar, in the order of the forward, and the rows of all others."""
+    sizes = [sum(row.nbytes for row in rows) for rows in groups]
+    largest = sorted(sizes, reverse=True)[:_MAX_BARS]
+    limit = max(_MIN_SHARE * sum(sizes), largest[-1] if largest else 0)
+    shown = [rows for rows, size in zip(groups, sizes, strict=True) if size >= limit]
+    return shown, [row for rows, size in zip(groups, sizes, strict=True) if size < limit for row in rows]
+
+
+def _draw_tensors(
+    axes: "Axes", groups: Sequence[Sequence[ReportRow]], rest: Sequence[ReportRow], report: Report
+) -> None:
+    """One bar of bits per element for every tensor, from the first of the forward down."""
+    bars = [*groups, rest] if rest else groups
+    names = [*map(_name, groups), f"{len(rest)} smaller tensors"][: len(bars)]
+    colors = [*(_COLORS[Action(rows[0].action)] for rows in groups), _REST][: len(bars)]
+    bits = [_bits_per_element(rows) for rows in bars]
+    axes.barh(range(len(bars)), bits, height=0.72, color=colors)
+    for position, (rows, width) in enumerate(zip(bars, bits, strict=True)):
+        saved, stored = (_size(sum(getattr(row, name) for row in rows)) for name in ("nbytes", "stored_nbytes"))
+        label = saved if saved == stored else f"{saved} \N{RIGHTWARDS ARROW} {stored}"
+        axes.annotate(label, (width, position), (4, 0), textcoords="offset points", va="center", fontsize=7)
+    axes.set_yticks(range(len(bars)), names)
+    axes.set_ylim(len(bars) - 0.4, -0.6)
+    axes.set_xlim(0, max(bits, default=1) * 1.2)
+    axes.set_xlabel("bits stored per element, scales and zero points included", fontsize=8)
+    axes.set_title(
+        f"Saved for the backward: {_size(report.saved_nbytes)}, {report.ratio:.1f}x less than torch.compile's "
+        f"{_size(report.baseline_nbytes)}",
+        fontsize=10,
+        loc="left",
+    )
+    used = {Action(rows[0].action) for rows in groups}
+    for action in (action for action in _COLORS if action in used):
+        axes.barh(0, 0, color=_COLORS[action], label=str(action))
+    if used:
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(used), fontsize=8, frameon=False)
+    _strip(axes)
+
+
+def _bits_per_element(rows: Sequence[ReportRow]) -> float:
+    numel = sum(row.nbytes // row.dtype.itemsize for row in rows)
+    return 8 * sum(row.stored_nbytes for row in rows) / max(1, numel)
+
+
+def _size(nbytes: int) -> str:
+    """Bytes in the unit that reads best, with three digits."""
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1024  # type: ignore[assignment]
+    return f"{nbytes:.3g} GiB"
+
+
+def _name(rows: Sequence[ReportRow]) -> str:
+    module = folded_name([row.module for row in rows])
+    count = f" (x{len(rows)})" if len(rows) > 1 else ""
+    return f"{module}{count}  {rows[0].op}" if module else f"{rows[0].op}{count}"
+
+
+def _draw_memory(axes: "Axes", timelines: Sequence[Timeline]) -> None:
+    """Live bytes over the operators of a step: forwards in order, then backwards in the reverse order."""
+    live, num_forward = _joined(timelines)
+    end = len(live)
+    axes.fill_between(range(num_forward), live[:num_forward], step="mid", color=_FORWARD, alpha=0.55, linewidth=0)
+    axes.fill_between(range(num_forward, end), live[num_forward:], step="mid", color=_BACKWARD, alpha=0.55, linewidth=0)
+    axes.step(range(end), live, where="mid", color="#333333", linewidth=0.8)
+    top = max(live, default=0.0)
+    if live:
+        peak = live.index(top)
+        axes.plot(peak, top, "v", color=_PEAK, markersize=5)
+        side = "right" if peak > 0.75 * end else "left"
+        axes.annotate(f"peak {top:.3g} MiB", (peak, top), (0, 6), textcoords="offset points", ha=side, fontsize=8)
+        axes.axvline(num_forward - 0.5, color="#333333", linewidth=0.8, linestyle=":")
+        for name, place in (("forward", num_forward / 2), ("backward", (num_forward + end) / 2)):
+            axes.annotate(name, (place, top * 1.12), ha="center", fontsize=8)
+    axes.set_xlim(-0.5, max(1, end) - 0.5)
+    axes.set_ylim(0, top * 1.25 if top else 1)
+    axes.set_xlabel("operators in the order of the graphs", fontsize=8)
+    axes.set_ylabel("MiB alive", fontsize=8)
+    axes.set_title("A step's memory, without parameters and before operators are fused", fontsize=10, loc="left")
+    _strip(axes)
+
+
+def _joined(timelines: Sequence[Timeline]) -> tuple[list[float], int]:
+    """MiB after every operator of all graphs: each graph runs on top of what the ones before it keep."""
+    forward: list[float] = []
+    backward: list[float] = []
+    kept = 0.0
+    for timeline in timelines:
+        live = [nbytes / MIB for nbytes in timeline.live_nbytes]
+        forward += [kept + value for value in live[: timeline.num_forward]]
+        backward = [kept + value for value in live[timeline.num_forward :]] + backward
+        kept = forward[-1] if forward else kept
+    return forward + backward, len(forward)
+
+
+def _strip(axes: "Axes") -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=7)

@@ -1,0 +1,178 @@
+"""Rows: who holds a tensor, what keeps it exact, how far an error in it travels."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from actcompile.plan import Role, SavedTensor
+
+from ..passes.pairs import trace
+
+
+def weight(*shape: int) -> Tensor:
+    return torch.randn(shape, requires_grad=True)
+
+
+def rows_of(function: Callable[..., object], *inputs: Tensor, recompute: str = "none") -> dict[str, SavedTensor]:
+    return {row.name: row for row in _traced_rows(function, *inputs, recompute=recompute)}
+
+
+def _traced_rows(function: Callable[..., object], *inputs: Tensor, recompute: str) -> list[SavedTensor]:
+    from actcompile.analysis import analyze
+
+    return analyze(trace(function, *inputs, recompute=recompute).pair)
+
+
+def test_sizes_and_names() -> None:
+    row = rows_of(lambda w, x: torch.sin(x @ w), weight(8, 6), torch.randn(4, 8))["mm"]
+    assert (row.key, row.op, row.shape, row.dtype, row.numel, row.nbytes) == (
+        "/mm",
+        "mm",
+        (4, 6),
+        torch.float32,
+        24,
+        96,
+    )
+    assert (row.role, row.kind, row.obstacle) == (Role.ACTIVATION, "leaf", "")
+
+
+def test_keys_are_numbered_where_they_repeat() -> None:
+    def function(w: Tensor, x: Tensor) -> Tensor:
+        return torch.sin(torch.sin(x @ w) @ w)
+
+    rows = _traced_rows(function, weight(8, 8), torch.randn(4, 8), recompute="cheap")
+    assert [row.key for row in rows if row.op == "mm"] == ["/mm", "/mm#2"]
+
+
+def test_parameters_and_inputs_are_there_anyway() -> None:
+    rows = rows_of(lambda w, v, x: torch.sin(x @ w) @ v, weight(8, 8), weight(8, 8), torch.randn(4, 8))
+    assert rows["primals_2"].role is Role.PARAMETER
+    assert rows["primals_2"].obstacle == "the parameter is there anyway"
+    views_of_the_input = [row for row in rows.values() if row.role is Role.INPUT]
+    assert [row.obstacle for row in views_of_the_input] == ["the input is there anyway"]
+
+
+def test_slices_of_an_input_are_views() -> None:
+    rows = rows_of(lambda w, x: (x[:, :4] * w).sum(), weight(4, 4), torch.randn(4, 8))
+    assert [(row.op, row.role) for row in rows.values()] == [("slice", Role.INPUT)]
+
+
+def test_outputs_are_held_by_the_caller() -> None:
+    row = rows_of(lambda w, x: torch.exp(x @ w), weight(8, 8), torch.randn(4, 8))["exp"]
+    assert row.obstacle == "the caller holds it: it is an output of the graph"
+
+
+def test_views_of_outputs_are_held_too() -> None:
+    def function(w: Tensor, x: Tensor) -> Tensor:
+        return torch.exp(x @ w).view(8, 4)
+
+    assert rows_of(function, weight(8, 8), torch.randn(4, 8))["exp"].obstacle.startswith("the caller holds it")
+
+
+def test_activations_of_other_graphs() -> None:
+    boundary = torch.randn(4, 8, requires_grad=True) * 1.0
+    row = rows_of(lambda x, w: x.sin() @ w, boundary, torch.randn(8, 8))["primals_1"]
+    assert (row.role, row.obstacle) == (Role.BOUNDARY, "")
+
+
+def test_leaf_and_path() -> None:
+    """An error in the input of the first layer stays in its gradient; one behind it travels through the second."""
+
+    def function(v: Tensor, w: Tensor, x: Tensor) -> Tensor:
+        y = torch.tanh(x.sin() @ v)
+        return torch.sin(y @ w)
+
+    rows = rows_of(function, weight(8, 8), weight(8, 8), torch.randn(4, 8))
+    assert rows["tanh"].kind == "path"
+    assert {row.kind for row in rows.values() if row.op in ("sin", "permute")} == {"leaf"}
+
+
+@pytest.mark.parametrize("recompute", ["none", "cheap"])
+def test_statistics_stay_exact(recompute: str) -> None:
+    rows = rows_of(
+        lambda w, x: F.layer_norm(x @ w, (64,)).sin() @ w, weight(64, 64), torch.randn(4, 64), recompute=recompute
+    )
+    statistics = [row for row in rows.values() if row.obstacle.startswith("it is a statistic")]
+    assert {row.op for row in statistics} >= {"var_mean", "rsqrt"}
+    assert rows["mm"].obstacle == ""
+
+
+def test_log_sum_exp_of_attention_is_a_statistic_and_its_output_is_not() -> None:
+    def function(w: Tensor, x: Tensor) -> Tensor:
+        q = (x @ w).view(2, 16, 4, 16).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, q, q, is_causal=True).transpose(1, 2).reshape(2, 16, 64) @ w
+
+    rows = [row for row in rows_of(function, weight(64, 64), torch.randn(2, 16, 64)).values() if "attention" in row.op]
+    assert {row.shape: row.obstacle.partition(":")[0] for row in rows} == {
+        (2, 4, 16, 16): "",
+        (2, 4, 16): "it is a statistic",
+    }
+    assert {row.shape: row.cancels for row in rows} == {(2, 4, 16, 16): True, (2, 4, 16): False}
+
+
+@pytest.mark.parametrize("huge", [float("-inf"), torch.finfo(torch.float32).min])
+def test_masked_scores_stay_exact(huge: float) -> None:
+    def function(w: Tensor, mask: Tensor, x: Tensor) -> Tensor:
+        return torch.logsumexp((x @ w).masked_fill(mask, huge), -1)
+
+    rows = rows_of(function, weight(8, 8), torch.zeros(4, 8, dtype=torch.bool), torch.randn(4, 8))
+    held = [row for row in rows.values() if row.op in ("where", "masked_fill")]
+    assert all(row.obstacle == "it holds the huge constants of a mask" for row in held)
+    assert not [row for row in rows.values() if row.op == "sub" and not row.obstacle]
+
+
+def test_copies_of_parameters_stay_exact() -> None:
+    """Autocast's copies of weights."""
+
+    def function(w: Tensor, x: Tensor) -> Tensor:
+        return (x.bfloat16() @ w.bfloat16()).sin() @ w.bfloat16().exp()
+
+    rows = rows_of(function, weight(8, 8), torch.randn(4, 8))
+    from_parameters = [row for row in rows.values() if row.obstacle == "it is computed from parameters alone"]
+    assert from_parameters
+    assert all(row.shape == (8, 8) for row in from_parameters)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "obstacle"), [(torch.float64, "no codec takes float64"), (torch.complex64, "no codec takes complex64")]
+)
+def test_dtypes_without_a_codec(dtype: torch.dtype, obstacle: str) -> None:
+    w = torch.randn(8, 8, dtype=dtype, requires_grad=True)
+    row = rows_of(lambda w, x: torch.sin(x @ w).abs(), w, torch.randn(4, 8, dtype=dtype))["mm"]
+    assert row.obstacle == obstacle
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "expected"),
+    [
+        (lambda w, x: F.max_pool2d(torch.conv2d(x, w), 17, 1), (2, 3, 20, 20), 18 * 18),
+        (lambda w, x: torch.conv2d(x, w).flatten(1).topk(4, dim=1).values, (2, 3, 8, 8), 3 * 36),
+    ],
+)
+def test_index_ranges_cover_the_indices(function: Callable[..., Tensor], shape: tuple[int, ...], expected: int) -> None:
+    w = weight(3, 3, 3, 3)
+    (row,) = (row for row in rows_of(function, w, torch.randn(shape)).values() if row.dtype == torch.int64)
+    assert row.index_range is not None
+    assert row.index_range >= expected
+
+
+def test_indices_of_the_user_have_no_known_range() -> None:
+    rows = rows_of(lambda w, ids: F.embedding(ids * 2, w).sin(), weight(32, 8), torch.randint(16, (64,)))
+    (row,) = (row for row in rows.values() if row.dtype == torch.int64)
+    assert row.index_range is None
+
+
+def test_rows_of_a_model_name_its_modules() -> None:
+    import actcompile
+
+    model = nn.Sequential(nn.Linear(64, 64), nn.Sequential(nn.GELU(), nn.Linear(64, 8)))
+    report = actcompile.explain(model, torch.randn(64, 64))
+    assert "0" in {row.module for row in report.rows}
+    assert all(
+        row.source.startswith("linear.py") or row.source.startswith("activation.py")
+        for row in report.rows
+        if row.module
+    )

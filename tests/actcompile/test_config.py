@@ -1,0 +1,116 @@
+"""Config: what it accepts, what it rejects and how it says so."""
+
+import dataclasses
+
+import pytest
+
+import actcompile
+from actcompile import Config, ConfigError, Plan
+from actcompile.config import LEVELS, parse_nbytes
+
+# settings -> the rule, the value and the remedy that the message must name.
+REJECTED = [
+    ({"bits": 5.5, "auto": False}, ["bits must be one of 1, 2, 3, 4, 6, 8", "5.5", "choose the nearest"]),
+    ({"bits": 5}, ["bits must be one of", "5"]),
+    ({"bits": True}, ["bits must be one of", "True"]),
+    ({"bits": "4"}, ["bits must be one of", "'4'"]),
+    ({"bits": 4, "noise": 0.1}, ["at most one of bits, memory and noise", "bits=4, noise=0.1", "keep one"]),
+    ({"memory": "1GiB", "bits": 2}, ["at most one of", "memory='1GiB'"]),
+    ({"memory": "much"}, ["memory must be a number of bytes", "'much'", "6GiB"]),
+    ({"memory": 1.5}, ["a share in (0, 1]", "1.5", "int or a string"]),
+    ({"memory": -1}, ["memory must be bytes", "-1"]),
+    ({"group_size": 0}, ["a power of two from 32 to 4096", "0", "256 is the default"]),
+    ({"group_size": 100}, ["a power of two", "100"]),
+    ({"group_size": 256.0}, ["a power of two", "256.0"]),
+    ({"sparsity": 1.2}, ["a share of dropped elements in [0, 1)", "1.2", "try 0.8"]),
+    ({"sparse_value_bits": 5}, ["sparse_value_bits must be 16, 8 or 4", "5"]),
+    ({"noise": 0}, ["noise must be a positive relative variance", "0", "try 0.01"]),
+    ({"min_numel": -1}, ["min_numel must be an integer from 0 up", "-1"]),
+    ({"profile_every": 0}, ["profile_every must be an integer from 1 up", "0"]),
+    ({"seed": 0.5}, ["seed must be a 64-bit integer", "0.5"]),
+    ({"recompute": "some"}, ["recompute must be one of none, cheap", "'some'"]),
+    ({"lowering": "triton"}, ["lowering must be one of inductor, eager", "'triton'"]),
+    ({"auto": 1}, ["auto must be True or False", "1"]),
+    ({"skip": "head"}, ["skip must be a tuple of module-name patterns", "'head'"]),
+    ({"plan": 3}, ["plan must be an actcompile.Plan or the path", "3"]),
+    ({"plan": Plan(), "bits": 4}, ["a plan already says what is stored", "bits", "one or the other"]),
+    ({"level": "L9"}, ["level must be one of L0, L1", "'L9'"]),
+]
+
+
+@pytest.mark.parametrize(("settings", "parts"), REJECTED, ids=lambda value: str(value)[:40])
+def test_rejected(settings: dict[str, object], parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as found:
+        Config(**settings)  # type: ignore[arg-type]
+    assert isinstance(found.value, ValueError)
+    for part in parts:
+        assert part in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["memory", "noise", "auto", "sparsity", "offload", "profile_every"])
+def test_what_is_not_there_yet_says_so(name: str) -> None:
+    value = {"memory": "1GiB", "noise": 0.1, "sparsity": 0.8, "profile_every": 100}.get(name, True)
+    with pytest.raises(ConfigError, match=f"{name} is not available in this release") as found:
+        Config(**{name: value})  # type: ignore[arg-type]
+    assert repr(value) in str(found.value)
+
+
+def test_default_is_4_bits() -> None:
+    assert Config().code_bits == 4
+    assert Config().lossy
+
+
+def test_frozen_and_keyword_only() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().bits = 2  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        Config(4)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("level", "bits"), [("L0", None), ("L1", 4), ("L1.1", 8), ("L1.2", 2)])
+def test_levels(level: str, bits: int | None) -> None:
+    assert Config.from_level(level).code_bits == bits
+    assert Config(level=level) == Config.from_level(level)
+    assert Config.from_level(level).lossy == (bits is not None)
+
+
+def test_fields_beside_a_level_win() -> None:
+    assert Config(level="L1", bits=2).code_bits == 2
+    assert Config.from_level("L0", bits=8).code_bits == 8
+
+
+@pytest.mark.parametrize("level", set(LEVELS) - {"L0", "L1", "L1.1", "L1.2"})
+def test_later_levels_name_what_is_missing(level: str) -> None:
+    with pytest.raises(ConfigError, match=r"is not available in this release") as found:
+        Config.from_level(level)
+    assert repr(level) in str(found.value)
+
+
+def test_from_options_names_the_fields() -> None:
+    assert Config.from_options({"bits": 2, "skip": ["head"]}) == Config(bits=2, skip=("head",))
+    with pytest.raises(ConfigError, match="got 'bitz': use one of bits, memory"):
+        Config.from_options({"bitz": 2})
+
+
+def test_checking_changes_nothing() -> None:
+    given = {"bits": 8, "group_size": 64, "skip": ("a",), "seed": 3, "min_numel": 0}
+    config = Config(**given)  # type: ignore[arg-type]
+    assert {name: getattr(config, name) for name in given} == given
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("6GiB", 6 * 2**30), ("500MB", 500 * 10**6), ("1048576", 2**20), (" 1.5 KiB ", 1536), ("7B", 7)],
+)
+def test_parse_nbytes(text: str, nbytes: int) -> None:
+    assert parse_nbytes(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "6 GiBs", "-1GiB", "1e9"])
+def test_parse_nbytes_rejects(text: str) -> None:
+    with pytest.raises(ConfigError, match="got"):
+        parse_nbytes(text)
+
+
+def test_public_names() -> None:
+    assert set(actcompile.__all__) <= set(dir(actcompile))

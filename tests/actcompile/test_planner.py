@@ -1,0 +1,124 @@
+"""The planner: rows written by hand, and properties."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from actcompile import Config, ConfigError, Plan
+from actcompile.config import CODE_BITS
+from actcompile.plan import Action, Decision, Role, SavedTensor
+from actcompile.planner import make_plan, stored_nbytes
+
+ROW = SavedTensor(
+    key="blocks.0.fc/gelu",
+    name="gelu",
+    op="gelu",
+    module="blocks.0.fc",
+    source="model.py:3",
+    shape=(64, 128),
+    symbolic_shape=("64", "128"),
+    dtype=torch.float32,
+    numel=8192,
+    nbytes=32768,
+)
+
+
+def row(**changes: object) -> SavedTensor:
+    changed = replace(ROW, **changes)  # type: ignore[arg-type]
+    return replace(changed, nbytes=changed.numel * changed.dtype.itemsize)
+
+
+def decide(one: SavedTensor, **settings: object) -> Decision:
+    return make_plan([one], Config(**settings))[one.key]  # type: ignore[arg-type]
+
+
+# row, settings -> action, bits or dtype, part of the reason
+DECISIONS = [
+    (row(), {}, Action.QUANTIZE, 4, "uniform bits"),
+    (row(), {"bits": 8}, Action.QUANTIZE, 8, "uniform bits"),
+    (row(dtype=torch.bfloat16), {"bits": 3}, Action.QUANTIZE, 3, "uniform bits"),
+    (row(), {"level": "L0"}, Action.KEEP, None, "lossless"),
+    (row(numel=4095), {}, Action.KEEP, None, "fewer than 4096 elements (min_numel)"),
+    (row(numel=4096), {}, Action.QUANTIZE, 4, "uniform bits"),
+    (row(numel=100), {"min_numel": 0}, Action.QUANTIZE, 4, "uniform bits"),
+    (row(numel=10), {"min_numel": 0}, Action.KEEP, None, "codes would take no fewer bytes"),
+    (row(), {"skip": ("blocks.*",)}, Action.KEEP, None, "its module matches 'blocks.*' (skip)"),
+    (row(), {"skip": ("head", "blocks.?.fc")}, Action.KEEP, None, "'blocks.?.fc'"),
+    (row(), {"skip": ("fc",)}, Action.QUANTIZE, 4, "uniform bits"),
+    (row(obstacle="it is a statistic"), {"bits": 2}, Action.KEEP, None, "it is a statistic"),
+    (row(dtype=torch.bool), {}, Action.PACK, None, "one bit per element"),
+    (row(dtype=torch.bool), {"level": "L0"}, Action.PACK, None, "one bit per element"),
+    (row(dtype=torch.int64, index_range=256), {}, Action.NARROW, torch.uint8, "below 256"),
+    (row(dtype=torch.int64, index_range=257), {}, Action.NARROW, torch.int16, "below 257"),
+    (row(dtype=torch.int64, index_range=2**15 + 1), {}, Action.NARROW, torch.int32, "below 32769"),
+    (row(dtype=torch.int64, index_range=2**31 + 1), {}, Action.KEEP, None, "need their width"),
+    (row(dtype=torch.int32, index_range=2**20), {}, Action.KEEP, None, "need their width"),
+    (row(dtype=torch.int64), {}, Action.KEEP, None, "the range of its integers is not known"),
+    (row(cancels=True), {"bits": 4}, Action.QUANTIZE, 6, "2 bits more"),
+    (row(cancels=True), {"bits": 8}, Action.QUANTIZE, 8, "2 bits more"),
+    (row(role=Role.BOUNDARY), {}, Action.QUANTIZE, 4, "once the caller drops the tensor"),
+]
+
+
+@pytest.mark.parametrize(("one", "settings", "action", "detail", "reason"), DECISIONS)
+def test_decisions(one: SavedTensor, settings: dict[str, object], action: Action, detail: object, reason: str) -> None:
+    decision = decide(one, **settings)
+    assert decision.action is action
+    assert (decision.dtype if action is Action.NARROW else decision.bits) == detail
+    assert reason in decision.reason
+
+
+# decision -> bytes for the 8192 float32 elements of ROW
+STORED = [
+    (Decision(Action.KEEP, ""), 32768),
+    (Decision(Action.PACK, ""), 1024),
+    (Decision(Action.NARROW, "", dtype=torch.int16), 16384),
+    # 32 groups: codes, a bf16 scale and an fp32 zero each.
+    (Decision(Action.QUANTIZE, "", bits=4, group_size=256), 4096 + 32 * 6),
+    (Decision(Action.QUANTIZE, "", bits=3, group_size=256), 3072 + 32 * 6),
+    (Decision(Action.QUANTIZE, "", bits=1, group_size=64), 1024 + 128 * 6),
+]
+
+
+@pytest.mark.parametrize(("decision", "nbytes"), STORED)
+def test_stored_nbytes(decision: Decision, nbytes: int) -> None:
+    assert stored_nbytes(ROW, decision) == nbytes
+
+
+def test_the_last_group_counts_in_full() -> None:
+    decision = Decision(Action.QUANTIZE, "", bits=8, group_size=256)
+    assert stored_nbytes(row(numel=257), decision) == 2 * (256 + 6)
+    assert stored_nbytes(row(numel=9, dtype=torch.bool), Decision(Action.PACK, "")) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("numel", [1, 31, 257, 4096, 100_003])
+def test_compression_never_takes_more_bytes_and_more_bits_never_fewer(numel: int, dtype: torch.dtype) -> None:
+    one = row(numel=numel, dtype=dtype)
+    sizes = [stored_nbytes(one, decide(one, bits=bits, min_numel=0)) for bits in CODE_BITS]
+    assert sizes == sorted(sizes)
+    assert max(sizes) <= one.nbytes
+
+
+def test_every_row_has_one_decision_with_a_reason() -> None:
+    rows = [replace(one, key=f"{i}") for i, (one, *_) in enumerate(DECISIONS)]
+    plan = make_plan(rows, Config())
+    assert list(plan) == [one.key for one in rows]
+    assert all(decision.reason for decision in plan.values())
+
+
+def test_the_same_rows_give_the_same_plan() -> None:
+    rows = [replace(one, key=f"{i}") for i, (one, *_) in enumerate(DECISIONS)]
+    assert make_plan(rows, Config(bits=2)) == make_plan(list(rows), Config(bits=2))
+
+
+def test_a_given_plan_is_followed() -> None:
+    kept = Decision(Action.KEEP, "by hand")
+    given = Plan({ROW.key: kept, "another graph's": Decision(Action.PACK, "")})
+    assert dict(make_plan([ROW], Config(plan=given))) == {ROW.key: kept}
+
+
+def test_a_plan_without_the_row_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"without an entry for 'blocks.0.fc/gelu' \(gelu in blocks.0.fc\)"):
+        make_plan([ROW], Config(plan=Plan()))

@@ -1,0 +1,201 @@
+"""Reports: what they count, how they fold and print it."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import actcompile
+from actcompile.reporting import Report, ReportRow, fold_layers
+
+from ..models import Task, bert, gpt, resnet
+
+ROW = ReportRow(
+    name="gelu",
+    op="gelu",
+    module="blocks.0.fc",
+    source="model.py:3",
+    shape=(64, 128),
+    dtype=torch.float32,
+    nbytes=32768,
+    action="quantize",
+    bits=4,
+    stored_nbytes=4288,
+    kind="path",
+    role="activation",
+    reason="uniform bits",
+)
+
+
+def passed_nbytes(loss: Tensor, task: Task) -> int:
+    """Bytes of the tensors that the compiled forward handed to autograd, what the caller holds left out."""
+    node = loss.grad_fn
+    while node is not None and "CompiledFunction" not in node.name():
+        node = node.next_functions[0][0]
+    assert node is not None
+    saved = [*node.saved_tensors, *node._tensors_no_vc_check]  # type: ignore[attr-defined]
+    held = {
+        value.untyped_storage().data_ptr() for value in (*task.model.parameters(), *task.model.buffers(), *task.inputs)
+    }
+    return sum(t.numel() * t.element_size() for t in saved if t.untyped_storage().data_ptr() not in held)
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 3}, {"level": "L0"}, {"recompute": "none"}], ids=str)
+@pytest.mark.parametrize("make", [lambda: gpt(0.1), lambda: bert(0.1), resnet], ids=["gpt", "bert", "resnet"])
+def test_total_is_what_crosses(make: Callable[[], Task], options: dict[str, object]) -> None:
+    task = make()
+    loss = task.loss(torch.compile(task.model, backend="act", options={"lowering": "eager", **options}))
+    report = actcompile.report(task.model)
+    assert report.saved_nbytes == passed_nbytes(loss, task) > 0
+    if options != {"level": "L0"}:
+        assert report.saved_nbytes < 0.3 * report.baseline_nbytes
+
+
+@pytest.mark.slow
+def test_total_is_what_crosses_under_inductor() -> None:
+    task = gpt(0.1, layers=1)
+    loss = task.loss(torch.compile(task.model, backend="act"))
+    assert actcompile.report(task.model).saved_nbytes == passed_nbytes(loss, task) > 0
+
+
+def test_baseline_is_what_torch_compile_saves() -> None:
+    """The bytes that a backend without compression hands to autograd."""
+    task = gpt(0.1)
+    loss = task.loss(torch.compile(task.model, backend="aot_eager_decomp_partition"))
+    plain = passed_nbytes(loss, task)
+    torch._dynamo.reset()
+    task.loss(torch.compile(task.model, backend="act", options={"lowering": "eager"}))
+    # Decompositions differ a little.
+    assert actcompile.report(task.model).baseline_nbytes == pytest.approx(plain, rel=0.1)
+
+
+def test_rows_say_everything() -> None:
+    task = gpt()
+    task.loss(torch.compile(task.model, backend="act", options={"lowering": "eager"}))
+    report = actcompile.report(task.model)
+    for row in report.rows:
+        assert row.reason
+        assert row.kind in ("leaf", "path")
+        assert (row.bits is not None) == (row.action == "quantize")
+        if row.action == "keep":
+            assert row.stored_nbytes == row.nbytes
+        else:
+            assert row.stored_nbytes < row.nbytes
+    assert report.ratio == report.baseline_nbytes / report.saved_nbytes > 5
+    assert report.predicted_noise is None
+    assert report.predicted_peak_nbytes >= report.saved_nbytes
+
+
+def test_a_recompiled_graph_counts_once() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8))
+    step = torch.compile(model, backend="act", options={"lowering": "eager"})
+    step(torch.randn(64, 64)).sum().backward()
+    once = actcompile.report(model)
+    step(torch.randn(128, 64)).sum().backward()
+    again = actcompile.report(model)
+    assert len(again.rows) == len(once.rows)
+    assert again.baseline_nbytes == 2 * once.baseline_nbytes
+
+
+def test_graphs_of_a_broken_model_add_up() -> None:
+    first, second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def function(x: Tensor) -> Tensor:
+        y = first(x).exp().sin()
+        torch._dynamo.graph_break()
+        return second(y).exp().sin()
+
+    torch.compile(function, backend="act", options={"lowering": "eager"})(torch.randn(64, 64)).sum().backward()
+    total = actcompile.report()
+    parts = [actcompile.report(first), actcompile.report(second)]
+    assert all(part.rows for part in parts)
+    assert total.saved_nbytes == sum(part.saved_nbytes for part in parts)
+    assert len(total.timelines) == 2
+
+
+def test_parameters_and_inputs_do_not_count() -> None:
+    rows = (ROW, replace(ROW, role="parameter"), replace(ROW, role="input"), replace(ROW, role="boundary"))
+    assert Report(rows, 4 * 4288).saved_nbytes == 2 * 4288
+    assert Report(rows, 4 * 4288).ratio == 2.0
+
+
+def test_nothing_compiled_yet() -> None:
+    empty = actcompile.report()
+    assert not empty.rows
+    assert "run a step first" in str(empty) and "run a step first" in empty._repr_html_()
+    assert (empty.saved_nbytes, empty.ratio, empty.predicted_peak_nbytes) == (0, 1.0, 0)
+
+
+def test_identical_layers_are_folded() -> None:
+    rows = [replace(ROW, module=f"blocks.{i}.fc") for i in range(12)]
+    (line,) = [line for line in str(Report(tuple(rows), 10**6)).splitlines() if "gelu" in line]
+    assert line.startswith("blocks.0-11.fc (x12)")
+    assert "0.375" in line and "0.049" in line
+
+
+def test_different_layers_are_not_folded() -> None:
+    rows = [
+        ROW,
+        replace(ROW, module="blocks.1.fc", bits=2),
+        replace(ROW, module="blocks.2.fc", shape=(1,)),
+        replace(ROW, module="blocks.3.up"),
+        replace(ROW, module="blocks.4.fc", reason="by hand"),
+    ]
+    assert [len(group) for group in fold_layers(rows)] == [1] * 5
+
+
+def test_the_same_operator_twice_in_a_layer_makes_two_lines() -> None:
+    rows = [replace(ROW, module=f"blocks.{i // 2}.fc") for i in range(8)]
+    assert [len(group) for group in fold_layers(rows)] == [4, 4]
+
+
+def test_layers_in_the_order_of_the_backward_are_named_in_order() -> None:
+    rows = tuple(replace(ROW, module=f"blocks.{i}.fc") for i in range(11, -1, -1))
+    assert "blocks.0-11.fc (x12)" in str(Report(rows, 1))
+
+
+def test_html_escapes_and_shows_the_total() -> None:
+    report = Report((replace(ROW, module="<lambda>"),), 32768)
+    page = report._repr_html_()
+    assert page.startswith("<table>") and "&lt;lambda&gt;" in page and "<lambda>" not in page
+    assert "7.6x less" in page
+
+
+def test_json() -> None:
+    document = json.loads(Report((ROW,), 32768).to_json())
+    assert document["ratio"] == 32768 / 4288
+    (row,) = document["rows"]
+    assert row["dtype"] == "float32" and row["shape"] == [64, 128] and row["stored_nbytes"] == 4288
+
+
+@pytest.mark.parametrize("make", [gpt, resnet], ids=["gpt", "resnet"])
+def test_plot(make: Callable[[], Task], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    task = make()
+    report = actcompile.explain(lambda: task.loss(task.model))
+    figure = report.plot(tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
+    tensors, memory = figure.axes
+    groups = fold_layers([row for row in report.rows if row.counts])
+    widths = [patch.get_width() for patch in tensors.patches if patch.get_width()]
+    assert 5 < len(widths) <= len(groups) + 1
+    assert any(width == pytest.approx(4 + 8 * 6 / 256, rel=0.02) for width in widths)
+    assert f"{report.ratio:.1f}x less" in tensors.get_title(loc="left")
+    (line,) = (line for line in memory.lines if len(line.get_ydata()) == len(report.timelines[0].live_nbytes))
+    assert max(line.get_ydata()) == pytest.approx(report.predicted_peak_nbytes / 2**20)
+    assert {"forward", "backward"} <= {text.get_text() for text in memory.texts}
+
+
+def test_plot_of_nothing() -> None:
+    pytest.importorskip("matplotlib")
+    assert len(Report((), 0).plot().axes) == 2
+
+
+def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install actcompile\[report\]"):
+        Report((ROW,), 1).plot()
