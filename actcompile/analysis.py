@@ -86,7 +86,7 @@ def _describe(pair: GraphPair, slot: Slot, num_gradients: int, returned: set[fx.
         nbytes=hint(value.numel()) * value.element_size(),
         role=role,
         kind="leaf" if num_gradients == 1 else "path",
-        cancels=_is_attention_output(source),
+        feeds_attention=value.dim() == 4 and _feeds_attention(slot.placeholder),
         index_range=_index_range(value_chain(source)[-1]),
         obstacle=_obstacle(pair, source, role, root in returned),
     )
@@ -118,14 +118,12 @@ def _obstacle(pair: GraphPair, source: fx.Node, role: Role, is_returned: bool) -
     return ""
 
 
-def _is_attention_output(node: fx.Node) -> bool:
-    """Whether ``node`` is the output of fused attention.
-
-    Its backward subtracts the row sums of grad * output from grad @ value.T; for exact tensors the difference adds up
-    to zero along each row of the softmax, and what noise leaves of it goes into the gradients of queries and keys.
-    """
-    producer = value_chain(node)[-1]
-    return operator_name(producer).startswith(_ATTENTION) and producer.args[1:] == (0,)
+def _feeds_attention(node: fx.Node) -> bool:
+    """Whether the backward of fused attention reads ``node``, perhaps rearranged."""
+    return any(
+        operator_name(user).startswith(_ATTENTION) or (user.target in VALUE_PRESERVING_OPS and _feeds_attention(user))
+        for user in node.users
+    )
 
 
 def is_statistic(node: fx.Node) -> bool:

@@ -50,8 +50,7 @@ class Config:
 
     Args:
         bits: Code bits per compressed element, metadata (a bf16 scale and a zero point per group) on top: 1, 2, 3, 4, 6
-            or 8; attention outputs get two more. 32 keeps every tensor's own bits, so that only the lossless passes
-            run. Default 4.
+            or 8. 32 keeps every tensor's own bits, so that only the lossless passes run. Default 4.
         memory: Bytes saved for the backward of one step: int, a string as "6GiB", or a float in (0, 1], the share of
             what torch.compile saves. Not available in this release.
         noise: Predicted relative gradient variance. Not available in this release.

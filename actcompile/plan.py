@@ -61,8 +61,8 @@ class SavedTensor:
 
     ``key`` names it across graphs, batch sizes and processes: module path, operator and, where these repeat, a number.
     ``shape`` holds the sizes of the traced call, ``nbytes`` and ``numel`` their product; ``symbolic_shape`` prints the
-    symbols of a dynamic graph. ``cancels`` says that the backward subtracts from each other what it computes from the
-    tensor and from others, so that noise in it weighs more. ``obstacle`` says why it must stay exact, or is empty.
+    symbols of a dynamic graph. ``feeds_attention`` says that the backward of fused attention reads it as
+    [batch, heads, tokens, channels]. ``obstacle`` says why it must stay exact, or is empty.
     """
 
     key: str
@@ -77,20 +77,24 @@ class SavedTensor:
     nbytes: int
     role: Role = Role.ACTIVATION
     kind: str = "path"
-    cancels: bool = False
+    feeds_attention: bool = False
     index_range: int | None = None
     obstacle: str = ""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What is stored in place of one saved tensor, and why."""
+    """What is stored in place of one saved tensor, and why.
+
+    ``centered``: codes are of the difference to the mean over tokens, which is stored beside them.
+    """
 
     action: Action
     reason: str
     bits: int | None = None
     group_size: int | None = None
     dtype: torch.dtype | None = None
+    centered: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,7 @@ class Plan(Mapping[str, Decision]):
 
 
 def _to_jsonable(decision: Decision) -> dict[str, Any]:
-    entry = {name: value for name, value in asdict(decision).items() if value is not None}
+    entry = {name: value for name, value in asdict(decision).items() if value not in (None, False)}
     entry["action"] = str(decision.action)
     if decision.dtype is not None:
         entry["dtype"] = str(decision.dtype).removeprefix("torch.")

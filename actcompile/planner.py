@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from .config import CODE_BITS, Config
+from .config import Config
 from .plan import Action, Decision, Plan, Role, SavedTensor
 from .triton_kernels.pack_bool import packed_nbytes
 from .triton_kernels.quantize import quantized_nbytes
@@ -13,8 +13,8 @@ from .triton_kernels.quantize import quantized_nbytes
 # Integer types from the narrowest, with the number of non-negative values each holds.
 _NARROW_TYPES = ((torch.uint8, 2**8), (torch.int16, 2**15), (torch.int32, 2**31))
 
-# Bits on top for tensors whose noise weighs more (SavedTensor.cancels): one sixteenth of the variance.
-CANCELLATION_BITS = 2
+# Tokens from which on the mean over them costs less than the range that it takes out is worth.
+_MIN_CENTERED_TOKENS = 32
 
 
 def make_plan(rows: Sequence[SavedTensor], config: Config) -> Plan:
@@ -40,7 +40,8 @@ def stored_nbytes(row: SavedTensor, decision: Decision) -> int:
             return row.numel * decision.dtype.itemsize
         case Action.QUANTIZE:
             assert decision.bits is not None and decision.group_size is not None
-            return quantized_nbytes(row.numel, decision.bits, decision.group_size, row.dtype)
+            mean_nbytes = row.nbytes // row.shape[-2] if decision.centered else 0
+            return quantized_nbytes(row.numel, decision.bits, decision.group_size, row.dtype) + mean_nbytes
 
 
 def _decide(row: SavedTensor, config: Config) -> Decision:
@@ -53,13 +54,11 @@ def _decide(row: SavedTensor, config: Config) -> Decision:
         return _narrow(row)
     if config.code_bits is None:
         return Decision(Action.KEEP, "the settings are lossless")
-    bits, reason = config.code_bits, "uniform bits"
-    if row.cancels:
-        bits = min(width for width in CODE_BITS if width >= min(bits + CANCELLATION_BITS, max(CODE_BITS)))
-        reason = f"{CANCELLATION_BITS} bits more: its noise is left over where the backward cancels"
+    centered = row.feeds_attention and row.shape[-2] >= _MIN_CENTERED_TOKENS
+    reason = "uniform bits, of the difference to the mean over tokens" if centered else "uniform bits"
     if row.role is Role.BOUNDARY:
         reason += "; memory falls once the caller drops the tensor"
-    decision = Decision(Action.QUANTIZE, reason, bits=bits, group_size=config.group_size)
+    decision = Decision(Action.QUANTIZE, reason, bits=config.code_bits, group_size=config.group_size, centered=centered)
     if stored_nbytes(row, decision) >= row.nbytes:
         return Decision(Action.KEEP, "codes would take no fewer bytes")
     return decision

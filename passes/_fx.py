@@ -170,6 +170,13 @@ class GraphPair:
         slot.outputs, slot.placeholders = list(outputs), created
         return created
 
+    def add_slot(self, like: Slot, key: str, output: fx.Node) -> fx.Node:
+        """Lets ``output`` cross as well, right behind ``like``; returns its placeholder."""
+        added = Slot(key, list(like.outputs), list(like.placeholders))
+        (placeholder,) = self.replace(added, [output])
+        self.slots.insert(self.slots.index(like) + 1, added)
+        return placeholder
+
 
 def _placeholder_roles(forward: fx.GraphModule, input_roles: Sequence[Role]) -> dict[fx.Node, Role]:
     """Roles of the forward's placeholders; what cannot be told apart counts as the caller's."""

@@ -19,7 +19,8 @@ from ._fx import GraphPair, Slot, body_anchor, call, first_user, retire, size_ar
 def pack_masks(pair: GraphPair, plan: Plan) -> None:
     """Rewrites every slot that ``plan`` packs."""
     for slot in pair.slots:
-        if plan[slot.key].action is Action.PACK:
+        decision = plan.get(slot.key)
+        if decision is not None and decision.action is Action.PACK:
             _pack(pair, slot)
     pair.sync()
 

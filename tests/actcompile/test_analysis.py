@@ -110,7 +110,7 @@ def test_log_sum_exp_of_attention_is_a_statistic_and_its_output_is_not() -> None
         (2, 4, 16, 16): "",
         (2, 4, 16): "it is a statistic",
     }
-    assert {row.shape: row.cancels for row in rows} == {(2, 4, 16, 16): True, (2, 4, 16): False}
+    assert {row.shape: row.feeds_attention for row in rows} == {(2, 4, 16, 16): True, (2, 4, 16): False}
 
 
 @pytest.mark.parametrize("huge", [float("-inf"), torch.finfo(torch.float32).min])
