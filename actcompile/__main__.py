@@ -55,6 +55,7 @@ def _add_demo(demo: argparse.ArgumentParser) -> None:
         "layers": "transformer blocks",
         "width": "hidden units",
         "heads": "attention heads",
+        "warmup": "steps over which the learning rate rises",
     }
     for name, text in counts.items():
         demo.add_argument(f"--{name}", type=_positive, metavar="N", default=getattr(default, name), help=text)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from . import records
-from ._torch import NEEDS_VALUES, fake_mode_for, isolated_compile, random_settings
+from ._torch import NEEDS_VALUES, fake_mode_for, isolated_compile, own_code, random_settings
 from .backend import act
 from .config import Config
 from .errors import CompileError, ConfigError
@@ -62,12 +62,12 @@ def explain_call(
 
 
 def _fresh(model: Callable[..., Any]) -> Callable[..., Any]:
-    """``model`` behind a code object of its own: Dynamo keeps there what it traced, not in the model's code."""
+    """``model`` behind a function that no other call compiled."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
-    return FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
+    return own_code(call)  # type: ignore[arg-type]
 
 
 def _reachable_modules(model: object) -> Iterator[torch.nn.Module]:

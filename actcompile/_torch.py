@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch._inductor.config as inductor_config
 from torch import fx
 
 # 2.11 to 2.13.
+from torch._dynamo import trace_rules
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.source import ConstantSource
 from torch._guards import CompileContext, TracingContext
@@ -25,12 +27,14 @@ __all__ = [
     "CustomPartitionerFn",
     "add_scalar_input",
     "check_cpp_compiler",
+    "compile_in_place",
     "compile_pair",
     "current_frame",
     "fake_mode_for",
     "get_hash_for_files",
     "isolated_compile",
     "mode_options",
+    "own_code",
     "random_settings",
     "unwrapped",
 ]
@@ -98,6 +102,23 @@ def _interpret(graph: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: A
 def fake_mode_for(values: Sequence[Any]) -> FakeTensorMode:
     """A mode under which no operator computes: that of ``values`` if they are fake already, else a new one."""
     return torch._guards.detect_fake_mode(list(values)) or FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def own_code(function: FunctionType) -> FunctionType:
+    """``function`` with a code object of its own: Dynamo keeps there what it compiled, and counts how often."""
+    return FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
+
+
+def compile_in_place(module: torch.nn.Module, **options: Any) -> None:
+    """``Module.compile``, which has no effect on modules of torch's own: Dynamo skips code of torch at the top."""
+    if not trace_rules.check(module.forward):
+        module.compile(**options)
+        return
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    module._compiled_call_impl = torch.compile(own_code(call), **options)  # type: ignore[arg-type]
 
 
 def current_frame() -> int | None:

@@ -26,7 +26,9 @@ def transform(model: torch.nn.Module, config: Config | None = None, **settings: 
     """
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    model.compile(backend="act", options={"config": make_config(config, settings)})
+    from ._torch import compile_in_place
+
+    compile_in_place(model, backend="act", options={"config": make_config(config, settings)})
     return model
 
 

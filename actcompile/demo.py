@@ -73,7 +73,8 @@ class Options:
     width: int = 256
     heads: int = 4
     dropout: float = 0.0
-    lr: float = 1e-3
+    lr: float = 2e-3
+    warmup: int = 10
     runs: Sequence[str] = tuple(VARIANTS)
     out: Path = Path("demo")
     seed: int = 0
@@ -132,6 +133,7 @@ class Run:
         ).to(self.device)
         self.compiled = self.variant.compile(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=options.lr)
+        self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1 / (options.warmup + 1), 1, options.warmup)
         self.batches = training_batches(self.corpus, options.batch, options.tokens, options.seed)
 
     def train(self, progress: Callable[..., Any]) -> None:
@@ -150,6 +152,7 @@ class Run:
         loss = self._forward(*self._next_batch())
         torch.autograd.backward(loss)
         self.optimizer.step()
+        self.schedule.step()
         return loss.item()
 
     def measure(self, step_ms: float) -> Result:

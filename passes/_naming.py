@@ -6,6 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import fx
 
+# Our own frames around the user's model.
+_WRAPPERS = ("actcompile/_explain.py", "actcompile/_torch.py")
+
 
 def module_path(node: fx.Node) -> str:
     """Dotted path of the module that computed ``node``, or an empty string for the model itself."""
@@ -31,7 +34,8 @@ def operator_name(node: fx.Node) -> str:
 
 def source_line(node: fx.Node) -> str:
     """``file.py:line`` of the user's code that made ``node``, or an empty string."""
-    found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    found = [(path, line) for path, line in frames if not path.endswith(_WRAPPERS)]
     return f"{found[-1][0].rsplit('/', 1)[-1]}:{found[-1][1]}" if found else ""
 
 

@@ -61,18 +61,18 @@ def test_plan_of_another_model() -> None:
     assert_unwrapped(found.value, ["plan must cover every saved tensor", "made for another model", "make one"])
 
 
-def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inductor_config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(CompileError, match=r"install g\+\+") as found:
-        step(lowering="inductor")
-    assert type(found.value).__name__ == "CompileError"
-    assert "no-such-compiler" in str(found.value) and "lowering='eager'" in str(found.value)
-    torch._dynamo.reset()
-    step(lowering="eager")
-    assert actcompile.explain(nn.Sequential(nn.Linear(64, 64), nn.GELU()), torch.randn(128, 64)).rows
+def test_no_compiler() -> None:
+    with inductor_config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        with pytest.raises(CompileError, match=r"install g\+\+") as found:
+            step(lowering="inductor")
+        assert type(found.value).__name__ == "CompileError"
+        assert "no-such-compiler" in str(found.value) and "lowering='eager'" in str(found.value)
+        torch._dynamo.reset()
+        step(lowering="eager")
+        assert actcompile.explain(nn.Sequential(nn.Linear(64, 64), nn.GELU()), torch.randn(128, 64)).rows
 
 
 def test_a_model_that_fails_fails_as_ever() -> None:
     model = torch.compile(nn.Linear(4, 4), backend="act", options={"lowering": "eager"})
-    with pytest.raises(Exception, match="mat1 and mat2|shape"):
+    with pytest.raises(Exception, match=r"same reduction dim|mat1 and mat2"):
         model(torch.randn(3, 5))

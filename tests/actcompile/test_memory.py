@@ -23,18 +23,23 @@ def timeline_of(traced: Traced) -> Timeline:
 
 def test_live_bytes_of_a_small_graph() -> None:
     def function(w: Tensor, x: Tensor) -> Tensor:
-        y = x * w  # 1 KiB, saved for the sine
-        return torch.sin(y).sum()
+        return torch.sin(x @ w).exp().sum()
 
-    timeline = timeline_of(trace(function, torch.randn(256, requires_grad=True), torch.randn(256)))
-    assert timeline.labels[: timeline.num_forward] == ("mul", "sin", "sum_1")
-    # y stays; its sine is freed behind the sum.
-    assert timeline.live_nbytes[: timeline.num_forward] == (1024, 2048, 2052)
-    # y is freed as soon as its cosine is there.
-    backward = dict(
-        zip(timeline.labels[timeline.num_forward :], timeline.live_nbytes[timeline.num_forward :], strict=True)
-    )
-    assert backward["cos"] == 2052
+    traced = trace(function, torch.randn(16, 16, requires_grad=True), torch.randn(16, 16))
+    timeline = timeline_of(traced)
+    steps = list(zip(timeline.labels, timeline.live_nbytes, strict=True))
+    assert traced.pair.slots[0].source.name == "mm"
+    # The product stays for the backward; the sine and its exponential are freed behind their last reader.
+    assert steps[: timeline.num_forward] == [
+        ("mm", 1024),
+        ("sin", 2048),
+        ("exp", 3072),
+        ("sum_1", 2052),
+        ("permute", 1028),
+    ]
+    backward = dict(steps[timeline.num_forward :])
+    assert backward["cos"] - backward["sin"] <= 1024
+    assert timeline.live_nbytes[-1] < 3 * 1024
     assert timeline.peak_nbytes == max(timeline.live_nbytes)
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from actcompile.triton_kernels._hash import FRACTION_BITS, mix_seed, noise
 
 SAMPLES = 2**20

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from actcompile.triton_kernels.quantize import PLANES
 
 from .conftest import INTERPRETED
@@ -15,9 +16,10 @@ triton = pytest.importorskip("triton")
 if INTERPRETED:
     pytest.skip("compiles kernels, which the interpreter replaces", allow_module_level=True)
 
-from actcompile.triton_kernels import _pack_bool_kernel, _quantize_kernel  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, compile  # noqa: E402
+
+from actcompile.triton_kernels import _pack_bool_kernel, _quantize_kernel  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ARCHITECTURES = (80, 90)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from actcompile.triton_kernels.pack_bool import (
     pack_bool,
     pack_bool_reference,

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor
+
 from actcompile.triton_kernels._hash import FRACTION_BITS, mix_seed, noise
 from actcompile.triton_kernels.quantize import (
     FLOAT_DTYPES,
@@ -20,7 +22,6 @@ from actcompile.triton_kernels.quantize import (
     quantized_nbytes,
     unpack_planes,
 )
-from torch import Tensor
 
 from .conftest import assert_same_bits
 

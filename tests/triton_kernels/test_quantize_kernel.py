@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from actcompile.triton_kernels._hash import mix_seed, noise
 from actcompile.triton_kernels.quantize import FLOAT_DTYPES, PLANES, dequantize_reference, quantize_reference
 
