@@ -1,8 +1,16 @@
 """The picture of a report: what is stored for every tensor, and the bytes that are alive while a step runs."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+try:
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise ImportError(
+        "a report is drawn with matplotlib, which is not installed: pip install actcompile[report]"
+    ) from error
 
 from .memory import Timeline
 from .plan import Action
@@ -10,7 +18,6 @@ from .reporting import MIB, Report, ReportRow, fold_layers, folded_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # Colours that the color-blind can tell apart (Okabe and Ito, 2008).
 _COLORS = {
@@ -27,22 +34,20 @@ _MIN_SHARE = 0.003
 _MAX_BARS = 40
 
 
-def plot_report(report: Report, path: str | Path | None) -> "Figure":
-    """Draws ``report``; writes the picture to ``path`` if that is given, in the format of its ending.
+class ReportFigure(Figure):
+    """A figure that notebooks show without pyplot."""
 
-    Raises:
-        ImportError: When matplotlib is missing.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "a report is drawn with matplotlib, which is not installed: pip install actcompile[report]"
-        ) from error
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png")
+        return buffer.getvalue()
 
+
+def plot_report(report: Report, path: str | Path | None) -> Figure:
+    """Draws ``report``; writes the picture to ``path`` if that is given, in the format of its ending."""
     groups, rest = _by_size(fold_layers([row for row in report.rows if row.counts]))
     heights = [max(1, len(groups) + bool(rest)) * _BAR_HEIGHT + 0.6, _TIMELINE_HEIGHT]
-    figure = Figure(figsize=(_WIDTH, sum(heights) + _MARGINS), layout="constrained")
+    figure = ReportFigure(figsize=(_WIDTH, sum(heights) + _MARGINS), layout="constrained")
     tensors, memory = figure.subplots(2, 1, height_ratios=heights)
     _draw_tensors(tensors, groups, rest, report)
     _draw_memory(memory, report.timelines)

@@ -27,7 +27,7 @@ _EXAMPLE_GROUPS = 24
 def _encoder(bits: int, group_size: int, dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """``encode_groups`` compiled for any number of groups."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    context: StatelessSymbolicContext[Any] = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
     groups = mode.from_tensor(torch.empty(_EXAMPLE_GROUPS, group_size, dtype=dtype), symbolic_context=context)
     key = mode.from_tensor(torch.zeros((), dtype=torch.int64))
     body = functools.partial(encode_groups, bits=bits)

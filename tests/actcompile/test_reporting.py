@@ -1,6 +1,7 @@
 """Reports: what they count, how they fold and print it."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -179,6 +180,7 @@ def test_plot(make: Callable[[], Task], tmp_path: Path) -> None:
     report = actcompile.explain(lambda: task.loss(task.model))
     figure = report.plot(tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert figure._repr_png_()[:4] == b"\x89PNG"  # type: ignore[attr-defined]
     tensors, memory = figure.axes
     groups = fold_layers([row for row in report.rows if row.counts])
     widths = [patch.get_width() for patch in tensors.patches if patch.get_width()]
@@ -196,6 +198,7 @@ def test_plot_of_nothing() -> None:
 
 
 def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "actcompile._plot", raising=False)
     with pytest.raises(ImportError, match=r"pip install actcompile\[report\]"):
         Report((ROW,), 1).plot()
