@@ -6,7 +6,7 @@ becomes
     forward:   x = f(a);  codes = quantize(x);  y = g(x);  ...;  return y, codes
     backward:  ...;  x = dequantize(codes);  gy = h(grad, x);  ...;  x2 = dequantize(codes);  gw = mm(grad, x2)
 
-    1. encoders    move up, with the views that they read, right behind what computes these
+    1. encoders    move up, with what is computed for them alone, right behind what they read
     2. decoders    move down to their first user, and run again for users that come much later
     3. recomputed  forward operators move down to their first user in the backward, the last ones first
 
@@ -24,7 +24,7 @@ from torch import fx
 
 from actcompile.plan import Plan
 
-from ._fx import GraphPair, body_anchor, tangent_dependent, value_chain
+from ._fx import GraphPair, body_anchor, tangent_dependent
 
 ENCODERS = frozenset({torch.ops.actcompile.quantize.default, torch.ops.actcompile.pack_bool.default})
 DECODERS = frozenset({torch.ops.actcompile.dequantize.default, torch.ops.actcompile.unpack_bool.default})
@@ -35,14 +35,25 @@ _NEARBY = 12
 
 def place_codecs(pair: GraphPair, plan: Plan) -> None:
     """Moves encoders up, decoders and recomputed operators down."""
-    for node in [n for n in pair.forward.graph.nodes if n.target in ENCODERS]:
-        # What autograd rearranges for its own use stands at the end of the forward.
-        for arranged in reversed(value_chain(node.all_input_nodes[0])[:-1]):
-            _hoist(arranged)
+    for node in _made_for_encoders(pair):
         _hoist(node)
     _sink_independent(pair.backward.graph)
     for node in [n for n in pair.backward.graph.nodes if n.target in DECODERS]:
         _split(node)
+
+
+def _made_for_encoders(pair: GraphPair) -> list[fx.Node]:
+    """Encoders and what the forward computes for them alone, in its order: autograd's own views stand at its end."""
+    nodes = list(pair.forward.graph.nodes)
+    returned = {node for node in pair.user_outputs if isinstance(node, fx.Node)}
+    encoded = {node for node in nodes if node.target in ENCODERS}
+    for node in reversed(nodes):
+        for needed in (returned, encoded):
+            if node in needed:
+                needed.update(node.all_input_nodes)
+    return [
+        node for node in nodes if node in encoded - returned and node.op == "call_function" and node.all_input_nodes
+    ]
 
 
 def _hoist(moved: fx.Node) -> None:

@@ -10,6 +10,8 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 import actcompile
+from actcompile import Config, records
+from actcompile.backend import Partitioner
 
 from ..models import Task, bert, cosine, cosines, gpt, relative_error, resnet
 
@@ -346,6 +348,56 @@ def test_grouped_attention_saves_keys_once() -> None:
     # k and v once each, or together, not once per query head.
     shared = [row for row in actcompile.report(model).rows if row.counts and row.module == "kv"]
     assert sum(row.stored_nbytes for row in shared) <= 1.1 * 4 * 64 * 32
+
+
+def test_indices_of_pooling_are_narrowed() -> None:
+    """A window too large for Inductor's own pooling keeps int64 indices, which fit int16 here."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(17, 1), nn.Flatten(), nn.Linear(8 * 4, 4))
+    x = torch.randn(64, 3, 20, 20)
+    compiled(model, level="L0")(x).square().sum().backward()
+    got = gradients_of(model)
+    (row,) = (row for row in actcompile.report(model).rows if row.dtype == torch.int64)
+    assert (row.action, row.stored_nbytes * 4) == ("narrow", row.nbytes)
+    model.zero_grad()
+    model(x).square().sum().backward()
+    assert distance(got, gradients_of(model)) < 1e-5
+
+
+@pytest.mark.slow
+def test_inductor_with_a_dynamic_batch_under_autocast() -> None:
+    """Codecs of symbolic sizes, compiled once."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(64, 8))
+    step = torch.compile(model, backend="act", options={"bits": 8, "min_numel": 0})
+    for size in (96, 65, 300):
+        x = torch.randn(size, 64)
+        torch._dynamo.mark_dynamic(x, 0)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            step(x).float().square().mean().backward()
+        assert all(bool(gradient.isfinite().all()) for gradient in gradients_of(model))
+    assert counters["stats"]["unique_graphs"] == 1
+    model.eval()
+    torch._dynamo.reset()
+    step = torch.compile(model, backend="act", options={"bits": 8, "min_numel": 0})
+    for size in (96, 65):
+        x = torch.randn(size, 64)
+        torch._dynamo.mark_dynamic(x, 0)
+        model.zero_grad()
+        step(x).square().mean().backward()
+        got = gradients_of(model)
+        model.zero_grad()
+        model(x).square().mean().backward()
+        assert 0 < distance(got, gradients_of(model)) < 0.02
+
+
+def test_compiled_code_is_cached_by_settings() -> None:
+    """Two settings never share an entry of Inductor's cache, and equal ones do."""
+    plan = actcompile.Plan({"0/addmm": actcompile.plan.Decision(actcompile.plan.Action.KEEP, "")})
+    configs = [Config(), Config(bits=2), Config(group_size=64), Config(recompute="none"), Config(plan=plan)]
+    keys = [Partitioner(config, [], records.GraphRecord(config, [])).uuid() for config in configs]
+    assert len(set(keys)) == len(configs)
+    assert None not in keys
+    assert keys[1] == Partitioner(Config(bits=2), [], records.GraphRecord(configs[1], [])).uuid()
 
 
 def test_model_whose_input_needs_a_gradient() -> None:

@@ -26,14 +26,14 @@ class Traced:
     inputs: tuple[Tensor, ...]
     outputs: list[Tensor]
 
-    def rows(self) -> dict[str, SavedTensor]:
-        """Rows by the operator that made them."""
-        return {row.op: row for row in analyze(self.pair)}
+    def rows(self) -> list[SavedTensor]:
+        """What analysis says of every slot."""
+        return analyze(self.pair)
 
     def keep_all(self, **decisions: Decision) -> Plan:
         """A plan that keeps everything but the rows of the operators named."""
         kept = Decision(Action.KEEP, "test")
-        return Plan({row.key: decisions.get(row.op, kept) for row in analyze(self.pair)})
+        return Plan({row.key: decisions.get(row.op, kept) for row in self.rows()})
 
     def run(self, tangents: Sequence[Tensor] | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """Outputs and gradients of the two graphs, run one after the other."""

@@ -42,6 +42,25 @@ def test_encoders_follow_what_they_read() -> None:
         assert encoder.prev is encoder.args[0]
 
 
+def test_what_is_computed_for_an_encoder_comes_early_too() -> None:
+    """Autograd transposes what it saves for a matrix product at the end of the forward."""
+
+    def function(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(torch.sin(x @ w).exp() @ w) @ w
+
+    traced = trace(function, (torch.randn(16, 16) / 4).requires_grad_(), torch.randn(8, 16))
+    plan = Plan({**traced.keep_all(), "/permute": QUANTIZE})
+    insert_codecs(traced.pair, plan)
+    names = [node.name for node in traced.pair.forward.graph.nodes]
+    assert names.index("quantize_default") > names.index("mm_2")
+    before = traced.run()
+    place_codecs(traced.pair, plan)
+    names = [node.name for node in traced.pair.forward.graph.nodes]
+    start = names.index("sin_1")
+    assert names[start + 1 : start + 3] == ["permute", "quantize_default"]
+    torch.testing.assert_close(traced.run(), before, rtol=0, atol=0)
+
+
 def test_decoders_come_right_before_their_first_user() -> None:
     traced = quantized(stack(), "mm")
     graph = traced.pair.backward.graph
