@@ -58,6 +58,20 @@ _MASK_CARRIERS = VALUE_PRESERVING_OPS | frozenset(
     }
 )
 
+_INVERSES = frozenset({aten.reciprocal.default, aten.rsqrt.default, aten.log.default})
+# Operators that are zero where their argument is.
+_KEEP_ZERO = VALUE_PRESERVING_OPS | frozenset(
+    {
+        aten.abs.default,
+        aten.neg.default,
+        aten.sqrt.default,
+        aten.mul.Tensor,
+        aten.mul.Scalar,
+        aten.pow.Tensor_Scalar,
+        torch.ops.prims.convert_element_type.default,
+    }
+)
+
 
 def analyze(pair: GraphPair) -> list[SavedTensor]:
     """One row per slot of ``pair``, in its order."""
@@ -86,14 +100,14 @@ def _describe(pair: GraphPair, slot: Slot, num_gradients: int, returned: set[fx.
         nbytes=hint(value.numel()) * value.element_size(),
         role=role,
         kind="leaf" if num_gradients == 1 else "path",
-        feeds_attention=value.dim() == 4 and _feeds_attention(slot.placeholder),
         index_range=_index_range(value_chain(source)[-1]),
-        obstacle=_obstacle(pair, source, role, root in returned),
+        obstacle=_obstacle(pair, slot, role, root in returned),
     )
 
 
-def _obstacle(pair: GraphPair, source: fx.Node, role: Role, is_returned: bool) -> str:
+def _obstacle(pair: GraphPair, slot: Slot, role: Role, is_returned: bool) -> str:
     """Why a tensor must stay exact, or an empty string."""
+    source = slot.source
     value = source.meta["val"]
     if role in (Role.PARAMETER, Role.BUFFER, Role.INPUT, Role.SEED):
         return f"the {role} is there anyway"
@@ -115,15 +129,25 @@ def _obstacle(pair: GraphPair, source: fx.Node, role: Role, is_returned: bool) -
         return "it is a statistic: small, and an error would spread over all it sums up"
     if _carries_mask(source):
         return "it holds the huge constants of a mask"
+    if _divides(slot.placeholder):
+        return "the backward divides by it, and rounding may take it to zero"
     return ""
 
 
-def _feeds_attention(node: fx.Node) -> bool:
-    """Whether the backward of fused attention reads ``node``, perhaps rearranged."""
-    return any(
-        operator_name(user).startswith(_ATTENTION) or (user.target in VALUE_PRESERVING_OPS and _feeds_attention(user))
-        for user in node.users
-    )
+def _divides(placeholder: fx.Node) -> bool:
+    """Whether the backward divides by ``placeholder``, by its root or by what it is a factor of."""
+    pending, seen = [placeholder], set()
+    while pending:
+        node = pending.pop()
+        seen.add(node)
+        for user in node.users:
+            if user.target in _INVERSES or (user.target is aten.div.Tensor and user.args[1] is node):
+                return True
+            if user.target is aten.pow.Tensor_Scalar and float(user.args[1]) < 0:  # type: ignore[arg-type]
+                return True
+            if user.target in _KEEP_ZERO and user not in seen:
+                pending.append(user)
+    return False
 
 
 def is_statistic(node: fx.Node) -> bool:

@@ -61,8 +61,7 @@ class SavedTensor:
 
     ``key`` names it across graphs, batch sizes and processes: module path, operator and, where these repeat, a number.
     ``shape`` holds the sizes of the traced call, ``nbytes`` and ``numel`` their product; ``symbolic_shape`` prints the
-    symbols of a dynamic graph. ``feeds_attention`` says that the backward of fused attention reads it as
-    [batch, heads, tokens, channels]. ``obstacle`` says why it must stay exact, or is empty.
+    symbols of a dynamic graph. ``obstacle`` says why it must stay exact, or is empty.
     """
 
     key: str
@@ -77,24 +76,19 @@ class SavedTensor:
     nbytes: int
     role: Role = Role.ACTIVATION
     kind: str = "path"
-    feeds_attention: bool = False
     index_range: int | None = None
     obstacle: str = ""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What is stored in place of one saved tensor, and why.
-
-    ``centered``: codes are of the difference to the mean over tokens, which is stored beside them.
-    """
+    """What is stored in place of one saved tensor, and why."""
 
     action: Action
     reason: str
     bits: int | None = None
     group_size: int | None = None
     dtype: torch.dtype | None = None
-    centered: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,7 +165,7 @@ class Plan(Mapping[str, Decision]):
 
 
 def _to_jsonable(decision: Decision) -> dict[str, Any]:
-    entry = {name: value for name, value in asdict(decision).items() if value not in (None, False)}
+    entry = {name: value for name, value in asdict(decision).items() if value is not None}
     entry["action"] = str(decision.action)
     if decision.dtype is not None:
         entry["dtype"] = str(decision.dtype).removeprefix("torch.")

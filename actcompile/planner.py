@@ -13,9 +13,6 @@ from .triton_kernels.quantize import quantized_nbytes
 # Integer types from the narrowest, with the number of non-negative values each holds.
 _NARROW_TYPES = ((torch.uint8, 2**8), (torch.int16, 2**15), (torch.int32, 2**31))
 
-# Tokens from which on the mean over them costs less than the range that it takes out is worth.
-_MIN_CENTERED_TOKENS = 32
-
 
 def make_plan(rows: Sequence[SavedTensor], config: Config) -> Plan:
     """One decision per row: the plan of ``config`` where it brings one, else lossless steps and uniform bits.
@@ -40,8 +37,7 @@ def stored_nbytes(row: SavedTensor, decision: Decision) -> int:
             return row.numel * decision.dtype.itemsize
         case Action.QUANTIZE:
             assert decision.bits is not None and decision.group_size is not None
-            mean_nbytes = row.nbytes // row.shape[-2] if decision.centered else 0
-            return quantized_nbytes(row.numel, decision.bits, decision.group_size, row.dtype) + mean_nbytes
+            return quantized_nbytes(row.numel, decision.bits, decision.group_size, row.dtype)
 
 
 def _decide(row: SavedTensor, config: Config) -> Decision:
@@ -54,11 +50,10 @@ def _decide(row: SavedTensor, config: Config) -> Decision:
         return _narrow(row)
     if config.code_bits is None:
         return Decision(Action.KEEP, "the settings are lossless")
-    centered = row.feeds_attention and row.shape[-2] >= _MIN_CENTERED_TOKENS
-    reason = "uniform bits, of the difference to the mean over tokens" if centered else "uniform bits"
+    reason = "uniform bits"
     if row.role is Role.BOUNDARY:
         reason += "; memory falls once the caller drops the tensor"
-    decision = Decision(Action.QUANTIZE, reason, bits=config.code_bits, group_size=config.group_size, centered=centered)
+    decision = Decision(Action.QUANTIZE, reason, bits=config.code_bits, group_size=config.group_size)
     if stored_nbytes(row, decision) >= row.nbytes:
         return Decision(Action.KEEP, "codes would take no fewer bytes")
     return decision

@@ -10,15 +10,24 @@ from torch.nn import functional as F
 
 from actcompile._gpt import GPT
 
-__all__ = ["GPT", "WORKLOADS", "ResNet", "Workload", "make_bert", "make_gpt", "make_resnet"]
+__all__ = ["BERT_VOCABULARY", "GPT", "WORKLOADS", "Batch", "ResNet", "Workload", "make_bert", "make_gpt", "make_resnet"]
+
+
+BERT_VOCABULARY = 4000
+Batch = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A model and the loss of one batch, as a function of what is called in the model's place."""
+    """A model, one batch of random inputs, and how a batch becomes a loss through what is called for the model."""
 
     model: nn.Module
-    loss: Callable[[Callable[..., Any]], Tensor]
+    batch: Batch
+    apply: Callable[..., Tensor]
+
+    def loss(self, call: Callable[..., Any], batch: Batch | None = None) -> Tensor:
+        """The loss of ``batch``, of the random one when left out, with ``call`` in the model's place."""
+        return self.apply(call, *(self.batch if batch is None else batch))
 
     def parameter_nbytes(self) -> int:
         """Bytes of all parameters, and so of all their gradients."""
@@ -52,16 +61,16 @@ def make_gpt(
     ).to(device)
     ids = torch.randint(vocabulary, (batch, tokens + 1)).to(device)
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    return Workload(model, lambda call: call(inputs, targets))
+    return Workload(model, (inputs, targets), lambda call, *batch: call(*batch))
 
 
-def make_bert(*, layers: int = 4, batch: int = 8, tokens: int = 128, device: torch.device | str = "cpu") -> Workload:
+def make_bert(*, layers: int = 4, batch: int = 16, tokens: int = 64, device: torch.device | str = "cpu") -> Workload:
     """Hugging Face's BertForSequenceClassification, small, with its usual dropout."""
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=1000,
+        vocab_size=BERT_VOCABULARY,
         hidden_size=256,
         num_hidden_layers=layers,
         num_attention_heads=4,
@@ -71,12 +80,13 @@ def make_bert(*, layers: int = 4, batch: int = 8, tokens: int = 128, device: tor
         problem_type="single_label_classification",
     )
     model = BertForSequenceClassification(config).to(device).train()
-    batch_inputs = {
-        "input_ids": torch.randint(config.vocab_size, (batch, tokens)).to(device),
-        "attention_mask": torch.ones(batch, tokens, dtype=torch.int64, device=device),
-        "labels": torch.randint(2, (batch,)).to(device),
-    }
-    return Workload(model, lambda call: call(**batch_inputs).loss)
+    ids = torch.randint(config.vocab_size, (batch, tokens)).to(device)
+    mask, labels = torch.ones_like(ids), torch.randint(2, (batch,)).to(device)
+    return Workload(
+        model,
+        (ids, mask, labels),
+        lambda call, ids, mask, labels: call(input_ids=ids, attention_mask=mask, labels=labels).loss,
+    )
 
 
 class ResidualBlock(nn.Module):
@@ -126,13 +136,13 @@ class ResNet(nn.Module):
         return self.head(self.blocks(self.stem(images)).mean(dim=(2, 3)))
 
 
-def make_resnet(*, batch: int = 16, size: int = 32, device: torch.device | str = "cpu") -> Workload:
+def make_resnet(*, batch: int = 32, size: int = 32, device: torch.device | str = "cpu") -> Workload:
     """``ResNet`` on random images."""
     torch.manual_seed(0)
     model = ResNet().to(device).train()
     images = torch.randn(batch, 3, size, size).to(device)
     labels = torch.randint(10, (batch,)).to(device)
-    return Workload(model, lambda call: F.cross_entropy(call(images), labels))
+    return Workload(model, (images, labels), lambda call, images, labels: F.cross_entropy(call(images), labels))
 
 
 WORKLOADS: Mapping[str, Callable[..., Workload]] = {"gpt": make_gpt, "bert": make_bert, "resnet": make_resnet}

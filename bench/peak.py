@@ -12,7 +12,7 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from actcompile.meter import measure_peak
+from actcompile.meter import measure_phases
 
 from .harness import MIB, append_row, compile_act, pick_device
 from .models import make_gpt
@@ -45,8 +45,9 @@ def measure(variant: str, layers: int, batch: int, tokens: int) -> dict[str, Any
     workload.loss(compiled).backward()
     workload.model.zero_grad(set_to_none=True)
     losses = []
-    forward = measure_peak(lambda: losses.append(workload.loss(compiled)), device)
-    backward = measure_peak(lambda: losses.pop().backward(), device)
+    forward, backward = measure_phases(
+        [lambda: losses.append(workload.loss(compiled)), lambda: losses.pop().backward()], device
+    )
     block = workload.model.blocks[0]
     return {
         "variant": variant,
@@ -54,7 +55,7 @@ def measure(variant: str, layers: int, batch: int, tokens: int) -> dict[str, Any
         "batch": batch,
         "tokens": tokens,
         "forward_peak_nbytes": forward.peak_nbytes,
-        "backward_peak_nbytes": forward.end_nbytes + backward.peak_nbytes,
+        "backward_peak_nbytes": backward.peak_nbytes,
         "stored_nbytes": forward.end_nbytes,
         "block_grad_nbytes": sum(parameter.nbytes for parameter in block.parameters()),
     }

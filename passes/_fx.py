@@ -149,7 +149,7 @@ class GraphPair:
             anchor.append(node)
             anchor = node
 
-    def replace(self, slot: Slot, outputs: Sequence[fx.Node], like: Sequence[Any] | None = None) -> list[fx.Node]:
+    def replace(self, slot: Slot, outputs: Sequence[fx.Node]) -> list[fx.Node]:
         """Lets ``outputs`` cross in place of what ``slot`` holds; returns their new placeholders.
 
         The old placeholders stay until ``drop`` removes them, so that their users can be moved first.
@@ -169,13 +169,6 @@ class GraphPair:
             created.append(anchor)
         slot.outputs, slot.placeholders = list(outputs), created
         return created
-
-    def add_slot(self, like: Slot, key: str, output: fx.Node) -> fx.Node:
-        """Lets ``output`` cross as well, right behind ``like``; returns its placeholder."""
-        added = Slot(key, list(like.outputs), list(like.placeholders))
-        (placeholder,) = self.replace(added, [output])
-        self.slots.insert(self.slots.index(like) + 1, added)
-        return placeholder
 
 
 def _placeholder_roles(forward: fx.GraphModule, input_roles: Sequence[Role]) -> dict[fx.Node, Role]:

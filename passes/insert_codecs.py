@@ -8,9 +8,7 @@ becomes
 
     1. QUANTIZE   as above
     2. expanded   a dimension of stride 0 is stored once and expanded again
-    3. centered   operands of attention: the mean over tokens is saved too, codes are of the difference to it. What
-                  tokens have in common cancels in attention's backward, and its range would be noise there
-    4. NARROW     integers are cast down in the forward and up again in the backward
+    3. NARROW     integers are cast down in the forward and up again in the backward
 
 Never touches: rows that the plan keeps, graph inputs that the caller holds, outputs of the graph.
 """
@@ -21,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from actcompile.plan import Action, Decision, Plan
 
-from ._fx import NO_VERSION_CHECK, GraphPair, Slot, body_anchor, call, first_user, retire, size_args, unpack_call
+from ._fx import GraphPair, Slot, body_anchor, call, first_user, retire, size_args, unpack_call
 
 aten = torch.ops.aten
 convert = torch.ops.prims.convert_element_type.default
@@ -46,8 +44,6 @@ def _quantize(pair: GraphPair, slot: Slot, decision: Decision, salt: int) -> Non
     assert pair.seed is not None, "a plan with lossy codecs needs the seed"
     source, placeholder = slot.source, slot.placeholder
     bits, group_size = decision.bits, decision.group_size
-    if decision.centered:
-        source, placeholder = _center(pair, slot)
     stored = _dense_base(pair.forward.graph, source)
     with pair.forward.graph.inserting_after(body_anchor(stored)):
         codec = call(
@@ -63,23 +59,6 @@ def _quantize(pair: GraphPair, slot: Slot, decision: Decision, salt: int) -> Non
         if stored is not source:
             decoded = call(pair.backward.graph, aten.expand.default, decoded, size_args(pair, source.meta["val"].shape))
     retire(placeholder, decoded)
-
-
-def _center(pair: GraphPair, slot: Slot) -> tuple[fx.Node, fx.Node]:
-    """Saves the mean over tokens beside ``slot``; returns the difference, in the forward and in the backward."""
-    source, placeholder = slot.source, slot.placeholder
-    with pair.forward.graph.inserting_after(body_anchor(source)):
-        mean = call(pair.forward.graph, aten.mean.dim, source, [-2], True)
-    with pair.forward.graph.inserting_after(mean):
-        difference = call(pair.forward.graph, aten.sub.Tensor, source, mean)
-    difference.meta[NO_VERSION_CHECK] = source.meta.get(NO_VERSION_CHECK, False)
-    received = pair.add_slot(slot, f"{slot.key}/mean", mean)
-    users = list(placeholder.users)
-    with pair.backward.graph.inserting_before(first_user(placeholder)):
-        restored = call(pair.backward.graph, aten.add.Tensor, placeholder, received)
-    for user in users:
-        user.replace_input_with(placeholder, restored)
-    return difference, placeholder
 
 
 def _narrow(pair: GraphPair, slot: Slot, decision: Decision) -> None:

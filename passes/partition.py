@@ -25,7 +25,8 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from actcompile.plan import Role
 
 from ._fx import GraphPair, Slot, first_user, graph_outputs, hint, retire, value_chain
-from .pin_discontinuities import pin_discontinuities
+from .pin_unstable import pin_unstable
+from .rerun_attention import rerun_attention
 
 # Bans on recomputing that "cheap" lifts; the ban on what is used far apart stays, it keeps the residual stream.
 _CHEAP = {"ban_recompute_long_fusible_chains": False, "ban_recompute_materialized_backward": False}
@@ -47,18 +48,21 @@ def partition(
         joint: The joint graph.
         joint_inputs: Its inputs, as AOTAutograd hands them to a partitioner.
         recompute: "none" or "cheap".
-        lossy: Whether saved tensors may come back with noise, so that decisions must be taken in the forward.
+        lossy: Whether saved tensors may come back with noise, so that what is unstable is computed in the
+            forward and attention's backward runs on its own operands.
         input_roles: Roles of the graph's inputs.
         num_fwd_outputs: Outputs of the joint graph that belong to the forward.
         **kwargs: What else AOTAutograd hands to a partitioner.
     """
-    num_outputs = pin_discontinuities(joint, num_fwd_outputs) if lossy else num_fwd_outputs
+    num_outputs = pin_unstable(joint, num_fwd_outputs) if lossy else num_fwd_outputs
     with functorch_config.patch(_CHEAP if recompute == "cheap" else {}):
         forward, backward = min_cut_rematerialization_partition(
             joint, joint_inputs, num_fwd_outputs=num_outputs, **kwargs
         )
     pair = GraphPair.from_partition(forward, backward, num_fwd_outputs, num_outputs - num_fwd_outputs, input_roles)
     _share_saved_values(pair)
+    if lossy:
+        rerun_attention(pair)
     return pair
 
 

@@ -101,17 +101,28 @@ def test_statistics_stay_exact(recompute: str) -> None:
     assert rows["mm"].obstacle == ""
 
 
-def test_log_sum_exp_of_attention_is_a_statistic_and_its_output_is_not() -> None:
+def test_of_attention_only_the_output_is_saved() -> None:
     def function(w: Tensor, x: Tensor) -> Tensor:
         q = (x @ w).view(2, 16, 4, 16).transpose(1, 2)
         return F.scaled_dot_product_attention(q, q, q, is_causal=True).transpose(1, 2).reshape(2, 16, 64) @ w
 
     rows = [row for row in rows_of(function, weight(64, 64), torch.randn(2, 16, 64)).values() if "attention" in row.op]
-    assert {row.shape: row.obstacle.partition(":")[0] for row in rows} == {
-        (2, 4, 16, 16): "",
-        (2, 4, 16): "it is a statistic",
-    }
-    assert {row.shape: row.feeds_attention for row in rows} == {(2, 4, 16, 16): True, (2, 4, 16): False}
+    assert {row.shape: row.obstacle for row in rows} == {(2, 4, 16, 16): ""}
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda w, x: (x @ w).log(),
+        lambda w, x: x / (x @ w),
+        lambda w, x: (x @ w).sqrt().sin(),
+        lambda w, x: 1 / (x @ w),
+    ],
+)
+def test_divisors_stay_exact(function: Callable[..., Tensor]) -> None:
+    rows = rows_of(function, torch.rand(64, 64).requires_grad_(), torch.rand(64, 64))
+    kept = [row for row in rows.values() if row.obstacle.startswith("the backward divides by it")]
+    assert kept == [row for row in rows.values() if row.role is Role.ACTIVATION]
 
 
 @pytest.mark.parametrize("huge", [float("-inf"), torch.finfo(torch.float32).min])

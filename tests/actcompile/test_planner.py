@@ -55,7 +55,6 @@ DECISIONS = [
     (row(dtype=torch.int64, index_range=2**31 + 1), {}, Action.KEEP, None, "need their width"),
     (row(dtype=torch.int32, index_range=2**20), {}, Action.KEEP, None, "need their width"),
     (row(dtype=torch.int64), {}, Action.KEEP, None, "the range of its integers is not known"),
-    (row(feeds_attention=True), {"bits": 4}, Action.QUANTIZE, 4, "difference to the mean over tokens"),
     (row(role=Role.BOUNDARY), {}, Action.QUANTIZE, 4, "once the caller drops the tensor"),
 ]
 
@@ -66,15 +65,6 @@ def test_decisions(one: SavedTensor, settings: dict[str, object], action: Action
     assert decision.action is action
     assert (decision.dtype if action is Action.NARROW else decision.bits) == detail
     assert reason in decision.reason
-
-
-@pytest.mark.parametrize(("tokens", "centered"), [(31, False), (32, True)])
-def test_attention_is_centered_when_the_mean_costs_less_than_it_is_worth(tokens: int, centered: bool) -> None:
-    operand = row(shape=(1, 4, tokens, 64), numel=4 * tokens * 64, feeds_attention=True, dtype=torch.float32)
-    assert decide(operand).centered is centered
-    assert not decide(replace(operand, feeds_attention=False)).centered
-    extra = stored_nbytes(operand, decide(operand)) - stored_nbytes(operand, replace(decide(operand), centered=False))
-    assert extra == (4 * 64 * 4 if centered else 0)
 
 
 # decision -> bytes for the 8192 float32 elements of ROW

@@ -131,35 +131,6 @@ def test_expanded_dimension_is_stored_once() -> None:
     assert 0 < (noisy - exact[1][0]).norm() < 0.02 * exact[1][0].norm()
 
 
-def test_centered_codes_are_of_the_difference_to_the_mean_over_tokens() -> None:
-    def attention(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (part.view(2, 64, 4, 8).transpose(1, 2) for part in (x @ w).split(32, dim=-1))
-        # What tokens have in common, which attention's backward cancels.
-        common = torch.linspace(-10.0, 10.0, 8)
-        return torch.nn.functional.scaled_dot_product_attention(q, k + common, v + common, is_causal=True)
-
-    w, x = weight(32, 96), torch.randn(2, 64, 32) / 6
-    rows = [row for row in trace(attention, w, x).rows() if row.feeds_attention]
-    assert len(rows) >= 3
-    tangents = [torch.randn(2, 4, 64, 8)]
-    distances = {}
-    for centered in (False, True):
-        traced = trace(attention, w, x)
-        exact_outputs, (exact,) = traced.run(tangents)
-        codec = replace(QUANTIZE, bits=4, centered=centered)
-        insert_codecs(traced.pair, Plan({**traced.keep_all(), **{row.key: codec for row in rows}}))
-        outputs, (noisy,) = traced.run(tangents)
-        torch.testing.assert_close(outputs, exact_outputs, rtol=0, atol=0)
-        distances[centered] = (noisy - exact).norm() / exact.norm()
-    means = [slot for slot in traced.pair.slots if slot.key.endswith("/mean")]
-    assert [slot.outputs[0].meta["val"].shape for slot in means] == [(2, 4, 1, 8)] * len(rows)
-    assert re.search(
-        r"sub_tensor = sub\((\w+), mean_dim\)\nquantize_default = quantize\(sub_tensor", text(traced.pair.forward)
-    )
-    assert "= add(dequantize_default, " in text(traced.pair.backward)
-    assert 0 < distances[True] < 0.5 * distances[False]
-
-
 def test_integers_are_narrowed() -> None:
     images = torch.randn(2, 3, 20, 20)
     kernel = weight(3, 3, 3, 3)
