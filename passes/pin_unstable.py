@@ -101,7 +101,7 @@ def _is_unstable(node: fx.Node) -> bool:
 
 
 def _is_below_zero(node: fx.Node) -> bool:
-    """Whether ``node`` is a square times a negative number, as in GELU: its exponential stays below 1 with any noise."""
+    """Whether ``node`` is minus a square, as in GELU: its exponential stays below 1 with any noise."""
     if node.target is aten.neg.default:
         return _is_square(node.args[0])
     if node.target is not aten.mul.Tensor or not isinstance(node.args[1], float | int):

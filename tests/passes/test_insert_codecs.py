@@ -1,8 +1,5 @@
 """insert_codecs: quantize, expanded tensors, narrow integers, what it leaves alone."""
 
-import re
-from dataclasses import replace
-
 import pytest
 import torch
 
