@@ -1,8 +1,10 @@
 """Every private name of torch that this package uses outside of its passes, with the versions it was seen in."""
 
 import copy
+import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -15,27 +17,35 @@ from torch import fx
 from torch._dynamo import trace_rules
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.source import ConstantSource
-from torch._guards import CompileContext, TracingContext
+from torch._guards import CompileContext, TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from .errors import CompileError, ConfigError
 
+# Makes a function, of a list that it empties, of a graph and whether it is the backward.
+Interpret = Callable[[fx.GraphModule, bool], Callable[[list[Any]], Any]]
+
 __all__ = [
     "NEEDS_VALUES",
     "CustomPartitionerFn",
+    "Interpret",
     "add_scalar_input",
     "check_cpp_compiler",
     "compile_in_place",
     "compile_pair",
+    "copied",
     "current_frame",
     "fake_mode_for",
     "get_hash_for_files",
+    "interpret_plainly",
     "isolated_compile",
     "mode_options",
     "own_code",
     "random_settings",
+    "reentrant_tracing",
+    "traced_inputs",
     "unwrapped",
 ]
 
@@ -52,18 +62,47 @@ def unwrapped(error: ConfigError | CompileError) -> Exception:
 
 def add_scalar_input(graph: fx.GraphModule, name: str, example: torch.Tensor) -> tuple[fx.GraphModule, torch.Tensor]:
     """A copy of ``graph`` with one more input, a tensor that changes from call to call, and its fake example."""
-    copied = copy.copy(graph)
-    copied.graph = copy.deepcopy(graph.graph)
+    result = copied(graph)
     source = ConstantSource(name)
     fake_mode = TracingContext.get().fake_mode
     assert fake_mode is not None
     fake = fake_mode.from_tensor(example, static_shapes=True, source=source)
-    with copied.graph.inserting_after(copied.graph.find_nodes(op="placeholder")[-1]):
-        placeholder = copied.graph.placeholder(name)
+    with result.graph.inserting_after(result.graph.find_nodes(op="placeholder")[-1]):
+        placeholder = result.graph.placeholder(name)
     placeholder.meta["example_value"] = fake
     placeholder._dynamo_source = source  # type: ignore[attr-defined]
-    copied.recompile()
-    return copied, fake
+    result.recompile()
+    return result, fake
+
+
+def copied(graph: fx.GraphModule) -> fx.GraphModule:
+    """``graph`` with nodes of its own: Dynamo's must not change, and compilers change what they get."""
+    result = copy.copy(graph)
+    result.graph = copy.deepcopy(graph.graph)
+    result.recompile()
+    return result
+
+
+def traced_inputs(graph: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
+    """``inputs`` with every tensor as the fake one that Dynamo traced."""
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    return [
+        node.meta["example_value"] if isinstance(value, torch.Tensor) else value
+        for node, value in zip(placeholders, inputs, strict=True)
+    ]
+
+
+def reentrant_tracing() -> Callable[[], AbstractContextManager[object]]:
+    """Enters what Dynamo traced under when this was called once more, to compile the same graph again."""
+    context = TracingContext.get()
+
+    @contextmanager
+    def reenter() -> Iterator[None]:
+        context.fw_metadata = None
+        with tracing(context):
+            yield
+
+    return reenter
 
 
 def compile_pair(
@@ -71,29 +110,41 @@ def compile_pair(
     inputs: Sequence[Any],
     *,
     partitioner: CustomPartitionerFn | None,
-    interpreted: bool,
+    interpret: Interpret | None,
     settings: dict[str, Any],
 ) -> Callable[..., Any]:
-    """Compiles ``graph`` with Inductor, or interprets what Inductor would compile, after ``partitioner`` split it."""
+    """Compiles ``graph`` with Inductor, or what ``interpret`` makes of it, after ``partitioner`` split it."""
     patches = dict(settings)
     options: dict[str, Any] = {}
     if partitioner is not None:
-        # Buffers that wait for their next use keep the memory that compression frees.
-        patches = {"custom_partitioner_fn": partitioner, "allow_buffer_reuse": False, **patches}
-    if interpreted:
+        patches = {
+            "custom_partitioner_fn": partitioner,
+            # Buffers that wait for their next use keep the memory that compression frees.
+            "allow_buffer_reuse": False,
+            # Copies of images and kernels in channels_last would be saved, and codes made of a copy back.
+            "layout_optimization": False,
+            **patches,
+        }
+    if interpret is not None:
         # Inductor's random numbers would be drawn anew where the backward repeats them.
         patches = {"fallback_random": True, **patches}
-        options["inner_compile"] = _interpret
+        options["inner_compile"] = functools.partial(_inner_compile, interpret)
     # A warm AOTAutograd cache never calls the partitioner: plans and reports would be empty.
     with functorch_config.patch(enable_autograd_cache=functorch_config.enable_autograd_cache and partitioner is None):
         return compile_fx(graph, list(inputs), config_patches=patches, **options)  # type: ignore[return-value]
 
 
-def _interpret(graph: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-    interpreter = fx.Interpreter(graph)
+def _inner_compile(
+    interpret: Interpret, graph: fx.GraphModule, inputs: Sequence[Any], is_backward: bool = False, **kwargs: Any
+) -> Callable[..., Any]:
+    return interpret(graph, is_backward)
+
+
+def interpret_plainly(graph: fx.GraphModule, is_backward: bool) -> Callable[[list[Any]], Any]:
+    """``graph`` as a function of a list of arguments, which it empties."""
 
     def run(args: list[Any]) -> Any:
-        return interpreter.boxed_run(args)
+        return fx.Interpreter(graph).boxed_run(args)
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run

@@ -9,6 +9,7 @@ from .config import Config
 from .errors import ConfigError
 
 if TYPE_CHECKING:
+    from .plan import Plan
     from .reporting import Report
 
 
@@ -77,6 +78,33 @@ def explain(
     from ._explain import explain_call
 
     return explain_call(model, args, kwargs, make_config(config, {}))
+
+
+def profile(
+    model: torch.nn.Module | Callable[..., Any],
+    *args: Any,
+    loss: Callable[[Any], torch.Tensor] | None = None,
+    config: Config | None = None,
+    **kwargs: Any,
+) -> "Plan":
+    """Measures on a small batch how much each saved tensor matters, and solves the plan for ``config``.
+
+    One step is interpreted and probed. Nothing is trained: parameters, their .grad, buffers and the states of random
+    number generators stay as they are. The plan serves other batch sizes.
+
+    Args:
+        model: The model in training mode, or a function of it that returns the loss.
+        *args: Arguments of one call.
+        loss: Turns the model's output into the loss; left out when the output is the loss, or has it as ``.loss``.
+        config: Settings; the default ones when left out.
+        **kwargs: Keyword arguments of the call.
+
+    Raises:
+        ConfigError: For bad settings, or no loss.
+    """
+    from ._profile import profile_call
+
+    return profile_call(model, args, kwargs, loss, make_config(config, {}))
 
 
 def reset() -> None:

@@ -23,11 +23,16 @@ from torch import fx
 from . import records
 from ._torch import (
     CustomPartitionerFn,
+    Interpret,
     add_scalar_input,
     check_cpp_compiler,
     compile_pair,
+    copied,
     get_hash_for_files,
+    interpret_plainly,
     mode_options,
+    reentrant_tracing,
+    traced_inputs,
     unwrapped,
 )
 from .analysis import analyze
@@ -36,9 +41,10 @@ from .errors import CompileError, ConfigError
 from .passes import run_passes
 from .passes.lower import lower_encoders
 from .passes.partition import baseline_nbytes, partition
-from .plan import Role
+from .plan import Profile, Role
 from .planner import make_plan
 from .rng import next_seed
+from .sensitivity import Probe
 
 log = logging.getLogger(__name__)
 
@@ -84,24 +90,30 @@ def compile_graph(
     graph: fx.GraphModule, inputs: Sequence[Any], config: Config, settings: dict[str, Any]
 ) -> Callable[..., Any]:
     """Compiles a training graph with compressed activations; a graph without a backward goes to Inductor untouched."""
-    interpreted = config.lowering == "eager"
+    interpret = interpret_plainly if config.lowering == "eager" else None
     device = _device(inputs)
-    if not interpreted and device.type == "cpu":
+    if interpret is None and device.type == "cpu":
         check_cpp_compiler()
     if not torch.is_grad_enabled() or not any(_requires_grad(value) for value in inputs):
-        return compile_pair(graph, inputs, partitioner=None, interpreted=interpreted, settings=settings)
+        return compile_pair(graph, inputs, partitioner=None, interpret=interpret, settings=settings)
     roles = [
         input_role(node, value) for node, value in zip(graph.graph.find_nodes(op="placeholder"), inputs, strict=True)
     ]
     record = records.add(config, roles)
     seeded, fake_seed = add_scalar_input(graph, "actcompile_seed", torch.zeros((), dtype=torch.int64, device=device))
-    compiled = compile_pair(
-        seeded,
-        [*inputs, fake_seed],
-        partitioner=Partitioner(config, [*roles, Role.SEED], record),
-        interpreted=interpreted,
-        settings=settings,
-    )
+    roles = [*roles, Role.SEED]
+
+    def compile_with(profile: Profile | None, interpret: Interpret | None) -> Callable[..., Any]:
+        lowered = interpret is None
+        partitioner = Partitioner(config, roles, record, profile, lowered)
+        # What Dynamo made of the inputs is there once only; later they would be traced with dynamic shapes.
+        values = traced_inputs(seeded, [*inputs, fake_seed])
+        return compile_pair(copied(seeded), values, partitioner=partitioner, interpret=interpret, settings=settings)
+
+    if config.automatic:
+        compiled: Callable[..., Any] = ProbedFirst(compile_with, Probe(roles), interpret)
+    else:
+        compiled = compile_with(None, interpret)
 
     def run(*args: Any) -> Any:
         record.see_parameters(args)
@@ -110,13 +122,49 @@ def compile_graph(
     return run
 
 
+class ProbedFirst:
+    """A graph that is interpreted until its first backward was probed, and then compiled, once, with the plan solved.
+
+    Forwards before that backward, of validation too, are interpreted as well.
+    """
+
+    def __init__(
+        self,
+        compile_with: Callable[[Profile | None, Interpret | None], Callable[..., Any]],
+        probe: Probe,
+        interpret: Interpret | None,
+    ) -> None:
+        self._compile_with = compile_with
+        self._probe = probe
+        self._interpret = interpret
+        self._reenter = reentrant_tracing()
+        self._probed = compile_with(None, probe.interpret)
+        self._compiled: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if self._compiled is None and self._probe.profile is not None:
+            with self._reenter():
+                self._compiled = self._compile_with(self._probe.profile, self._interpret)
+            del self._probed
+        return (self._compiled or self._probed)(*args)
+
+
 class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
     """Splits a joint graph and rewrites the two halves by the plan of ``config``."""
 
-    def __init__(self, config: Config, roles: Sequence[Role], record: records.GraphRecord) -> None:
+    def __init__(
+        self,
+        config: Config,
+        roles: Sequence[Role],
+        record: records.GraphRecord,
+        profile: Profile | None = None,
+        lowered: bool = True,
+    ) -> None:
         self.config = config
         self.roles = roles
         self.record = record
+        self.profile = profile
+        self.lowered = lowered
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -132,17 +180,17 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
             **kwargs,
         )
         rows = analyze(pair)
-        plan = make_plan(rows, self.config)
+        plan = make_plan(rows, self.config, self.profile)
         run_passes(pair, plan)
-        if self.config.lowering == "inductor":
+        if self.lowered:
             lower_encoders(pair, plan)
-        self.record.finish(rows, plan, baseline, pair)
+        self.record.finish(rows, plan, baseline, pair, self.profile)
         log.info("%s", self.record.summary())
         return pair.forward, pair.backward
 
     def uuid(self) -> object:
         """What the compiled code depends on besides the graph: this package's sources and the settings."""
-        return get_hash_for_files(_sources(), repr(self.config))
+        return get_hash_for_files(_sources(), repr((self.config, self.profile)))
 
 
 @functools.cache

@@ -37,7 +37,6 @@ LOWERINGS = ("inductor", "eager")
 _NOT_YET: Mapping[str, str] = {
     "memory": "set bits, and read the bytes from actcompile.explain",
     "noise": "set bits",
-    "auto": "leave it out: every tensor gets the same bits",
     "sparsity": "set bits",
     "offload": "set bits",
     "profile_every": "leave it out",
@@ -50,12 +49,13 @@ class Config:
 
     Args:
         bits: Code bits per compressed element, metadata (a bf16 scale and a zero point per group) on top: 1, 2, 3, 4, 6
-            or 8. 32 keeps every tensor's own bits, so that only the lossless passes run. Default 4.
+            or 8; with ``auto`` their mean, any number from 1 to 8. 32 keeps every tensor's own bits, so that only the
+            lossless passes run. Default 4.
         memory: Bytes saved for the backward of one step: int, a string as "6GiB", or a float in (0, 1], the share of
             what torch.compile saves. Not available in this release.
         noise: Predicted relative gradient variance. Not available in this release.
-        auto: Per-tensor bits from measured sensitivities; False gives every tensor the same. Not available in this
-            release.
+        auto: Per-tensor bits from sensitivities, measured in the first step, which is interpreted; otherwise every
+            tensor gets the same.
         group_size: Elements that share one scale: a power of two from 32 to 4096.
         sparsity: Share of elements dropped from the inputs of linear layers. Not available in this release.
         sparse_value_bits: Bits of the values that are left: 16, 8 or 4.
@@ -132,11 +132,22 @@ class Config:
 
     @property
     def code_bits(self) -> int | None:
-        """Bits of every code, or None when tensors keep their own."""
+        """Bits of every code while all have the same, or None when tensors keep their own."""
+        average = self.average_bits
+        return None if average is None else max(bits for bits in CODE_BITS if bits <= average)
+
+    @property
+    def average_bits(self) -> float | None:
+        """Mean bits of all codes, or None when tensors keep their own."""
         bits = self.setting("bits")
         if bits == EXACT_BITS:
             return None
-        return DEFAULT_BITS if bits is None else int(bits)
+        return DEFAULT_BITS if bits is None else float(bits)
+
+    @property
+    def automatic(self) -> bool:
+        """Whether every tensor gets bits of its own, by its sensitivity."""
+        return bool(self.setting("auto")) and self.plan is None and self.average_bits is not None
 
     @property
     def lossy(self) -> bool:
@@ -198,6 +209,10 @@ def _check_targets(config: Config) -> None:
 def _check_bits(config: Config) -> None:
     bits = config.setting("bits")
     if bits is None:
+        return
+    if config.setting("auto"):
+        if isinstance(bits, bool) or not isinstance(bits, int | float) or not (1 <= bits <= 8 or bits == EXACT_BITS):
+            raise ConfigError(f"bits must be a mean from 1 to 8, or {EXACT_BITS} for lossless, got {bits!r}")
         return
     if isinstance(bits, bool) or not isinstance(bits, int | float) or bits not in (*CODE_BITS, EXACT_BITS):
         raise ConfigError(

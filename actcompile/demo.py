@@ -73,7 +73,7 @@ class Options:
     width: int = 256
     heads: int = 4
     dropout: float = 0.0
-    lr: float = 2e-3
+    lr: float = 1e-3
     warmup: int = 10
     runs: Sequence[str] = tuple(VARIANTS)
     out: Path = Path("demo")

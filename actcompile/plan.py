@@ -92,6 +92,28 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class Sensitivity:
+    """What rounding one saved tensor adds to the gradient.
+
+    Args:
+        variance: Code bits -> E|g' - g|^2 over the trainable parameters when this tensor alone is rounded to them.
+        method: How it was found: "probed" by the product through the backward graph, or "perturbed", by noise in this
+            tensor alone.
+    """
+
+    variance: Mapping[int, float]
+    method: str
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What one probe of a graph found: sensitivities by row key, and |g|^2 over the trainable parameters."""
+
+    sensitivities: Mapping[str, Sensitivity]
+    gradient_square: float
+
+
+@dataclass(frozen=True)
 class Plan(Mapping[str, Decision]):
     """Decisions by row key. Reads like a dict; saved as JSON."""
 

@@ -10,7 +10,7 @@ import torch
 from ._torch import current_frame
 from .config import Config
 from .memory import Timeline, step_timeline
-from .plan import Plan, Role, SavedTensor
+from .plan import Plan, Profile, Role, SavedTensor
 from .planner import stored_nbytes
 
 _records: list["GraphRecord"] = []
@@ -25,12 +25,16 @@ class GraphRecord:
         self.plan = Plan()
         self.baseline_nbytes = 0
         self.timeline: Timeline | None = None
+        self.profile: Profile | None = None
         self._frame = current_frame()
         self._roles = roles
         self._parameters: list[weakref.ref[torch.Tensor]] | None = None
 
-    def finish(self, rows: Sequence[SavedTensor], plan: Plan, baseline_nbytes: int, pair: Any) -> None:
+    def finish(
+        self, rows: Sequence[SavedTensor], plan: Plan, baseline_nbytes: int, pair: Any, profile: Profile | None
+    ) -> None:
         """Fills in what the partitioner found."""
+        self.profile = profile
         self.rows, self.plan, self.baseline_nbytes = list(rows), plan, baseline_nbytes
         self.timeline = step_timeline(pair.forward.graph, pair.backward.graph)
 

@@ -21,6 +21,9 @@ aten = torch.ops.aten
 # Forward outputs carry this flag when autograd must not check their version; what replaces them carries it too.
 NO_VERSION_CHECK = "saved_tensor_with_no_vc_check"
 
+# Encoders and decoders of saved tensors carry the key of their row under this name.
+ROW_KEY = "actcompile_row"
+
 # Operators whose result holds the values of their first argument, rearranged or repeated.
 VIEW_OPS = frozenset(
     {

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch import fx
 
 # Our own frames around the user's model.
-_WRAPPERS = ("actcompile/_explain.py", "actcompile/_torch.py")
+_WRAPPERS = ("actcompile/_isolated.py", "actcompile/_torch.py")
 
 
 def module_path(node: fx.Node) -> str:

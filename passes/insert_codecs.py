@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from actcompile.plan import Action, Decision, Plan
 
-from ._fx import GraphPair, Slot, body_anchor, call, first_user, retire, size_args, unpack_call
+from ._fx import ROW_KEY, GraphPair, Slot, body_anchor, call, first_user, retire, size_args, unpack_call
 
 aten = torch.ops.aten
 convert = torch.ops.prims.convert_element_type.default
@@ -56,6 +56,7 @@ def _quantize(pair: GraphPair, slot: Slot, decision: Decision, salt: int) -> Non
         decoded = call(
             pair.backward.graph, torch.ops.actcompile.dequantize.default, *received, bits, group_size, *layout
         )
+        codec.meta[ROW_KEY] = decoded.meta[ROW_KEY] = slot.key
         if stored is not source:
             decoded = call(pair.backward.graph, aten.expand.default, decoded, size_args(pair, source.meta["val"].shape))
     retire(placeholder, decoded)

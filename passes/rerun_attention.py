@@ -20,7 +20,8 @@ from ._fx import GraphPair, call, unpack_call
 
 aten = torch.ops.aten
 
-_FORWARD = {
+# backward -> forward
+FORWARD = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default: (
         aten._scaled_dot_product_flash_attention_for_cpu.default
     ),
@@ -35,7 +36,7 @@ _FIXED = {"compute_log_sumexp": True, "return_debug_mask": False, "dropout_p": 0
 def rerun_attention(pair: GraphPair) -> None:
     """Rewrites every backward of fused attention in ``pair`` and drops the slots that it read alone."""
     for node in list(pair.backward.graph.nodes):
-        if node.target in _FORWARD:
+        if node.target in FORWARD:
             _rerun(node)
     for slot in pair.slots:
         if not slot.placeholder.users:
@@ -47,7 +48,7 @@ def rerun_attention(pair: GraphPair) -> None:
 def _rerun(node: fx.Node) -> None:
     names = [argument.name for argument in node.target._schema.arguments]
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    forward = _FORWARD[node.target]
+    forward = FORWARD[node.target]
     args, kwargs = [], {}
     for argument in forward._schema.arguments:
         value = _FIXED.get(argument.name, given.get(argument.name, argument.default_value))

@@ -6,7 +6,7 @@ import pytest
 
 import actcompile
 from actcompile import Config, ConfigError, Plan
-from actcompile.config import LEVELS, parse_nbytes
+from actcompile.config import parse_nbytes
 
 # settings -> the rule, the value and the remedy that the message must name.
 REJECTED = [
@@ -47,7 +47,7 @@ def test_rejected(settings: dict[str, object], parts: list[str]) -> None:
         assert part in str(found.value)
 
 
-@pytest.mark.parametrize("name", ["memory", "noise", "auto", "sparsity", "offload", "profile_every"])
+@pytest.mark.parametrize("name", ["memory", "noise", "sparsity", "offload", "profile_every"])
 def test_what_is_not_there_yet_says_so(name: str) -> None:
     value = {"memory": "1GiB", "noise": 0.1, "sparsity": 0.8, "profile_every": 100}.get(name, True)
     with pytest.raises(ConfigError, match=f"{name} is not available in this release") as found:
@@ -79,7 +79,21 @@ def test_fields_beside_a_level_win() -> None:
     assert Config.from_level("L0", bits=8).code_bits == 8
 
 
-@pytest.mark.parametrize("level", set(LEVELS) - {"L0", "L1", "L1.1", "L1.2"})
+@pytest.mark.parametrize(("level", "bits"), [("L2", 4), ("L2.1", 3), ("L2.2", 2)])
+def test_automatic_levels(level: str, bits: int) -> None:
+    config = Config.from_level(level)
+    assert config.automatic and config.average_bits == config.code_bits == bits
+    assert not Config.from_level(level, auto=False).automatic
+
+
+def test_bits_between_two_widths_need_auto() -> None:
+    config = Config(bits=3.5, auto=True)
+    assert (config.average_bits, config.code_bits) == (3.5, 3)
+    with pytest.raises(ConfigError, match=r"bits must be a mean from 1 to 8, or 32 for lossless, got 0\.5"):
+        Config(bits=0.5, auto=True)
+
+
+@pytest.mark.parametrize("level", ["L3", "swap", "L4bit-swap"])
 def test_later_levels_name_what_is_missing(level: str) -> None:
     with pytest.raises(ConfigError, match=r"is not available in this release") as found:
         Config.from_level(level)

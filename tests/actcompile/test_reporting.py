@@ -66,8 +66,9 @@ def test_total_is_what_crosses(make: Callable[[], Task], options: dict[str, obje
 
 
 @pytest.mark.slow
-def test_total_is_what_crosses_under_inductor() -> None:
-    task = gpt(0.1, layers=1)
+@pytest.mark.parametrize("make", [lambda: gpt(0.1, layers=1), resnet])
+def test_total_is_what_crosses_under_inductor(make: Callable[[], Task]) -> None:
+    task = make()
     loss = task.loss(torch.compile(task.model, backend="act"))
     assert actcompile.report(task.model).saved_nbytes == passed_nbytes(loss, task) > 0
 

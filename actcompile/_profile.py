@@ -1,0 +1,77 @@
+"""Sensitivities ahead of training: one step on a small batch, interpreted and probed, that trains nothing."""
+
+import functools
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import records
+from ._isolated import fresh, reachable_modules, unchanged
+from ._torch import isolated_compile, random_settings
+from .backend import act
+from .config import Config
+from .errors import ConfigError
+from .plan import Plan
+from .planner import make_plan
+from .rng import get_rng_state, set_rng_state
+
+
+def profile_call(
+    model: torch.nn.Module | Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    loss: Callable[[Any], torch.Tensor] | None,
+    config: Config,
+) -> Plan:
+    """The plan for ``model``, from one step on ``args`` and ``kwargs``.
+
+    Raises:
+        ConfigError: When there is no loss to start from, or nothing to train.
+    """
+    if not callable(model):
+        raise ConfigError(f"model must be a torch.nn.Module or a function, got {type(model).__name__}")
+    modules = list(reachable_modules(model))
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    parameters = list({id(parameter): parameter for parameter in parameters}.values())
+    if not parameters:
+        raise ConfigError("model must have parameters that require gradients, got none: unfreeze what is trained")
+    probing = replace(config, auto=True, lowering="eager")
+    options = {"config": probing, "inductor": random_settings(config.lowering)}
+    with records.collected() as made, unchanged(modules), _same_state(modules), torch.enable_grad():
+        output = isolated_compile(fresh(model), functools.partial(act, options=options))(*args, **kwargs)
+        # Unlike backward(), this leaves every .grad alone.
+        torch.autograd.grad(_scalar(output, loss), parameters, allow_unused=True)
+    plans = [make_plan(record.rows, probing, record.profile) for record in made if record.rows]
+    return functools.reduce(Plan.merged, plans, Plan())
+
+
+def _scalar(output: Any, loss: Callable[[Any], torch.Tensor] | None) -> torch.Tensor:
+    value = loss(output) if loss is not None else getattr(output, "loss", output)
+    if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.requires_grad:
+        raise ConfigError(
+            f"loss must turn the model's output into one number to differentiate, got {type(value).__name__}: "
+            "pass loss=function, or a model that returns its loss"
+        )
+    return value
+
+
+@contextmanager
+def _same_state(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Puts buffers and the state of all random number generators back at the end."""
+    buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+    position, python, arrays = get_rng_state(), random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            set_rng_state(position)
+            random.setstate(python)
+            np.random.set_state(arrays)
+            with torch.no_grad():
+                for buffer, content in buffers:
+                    buffer.copy_(content)

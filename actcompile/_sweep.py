@@ -1,0 +1,251 @@
+"""One vector-Jacobian product through a backward graph, in segments, so that it takes little memory.
+
+The graph runs once without autograd, and what crosses from one segment to the next is kept. Then each segment, the last
+first, runs again under autograd, from what was kept, and hands the cotangents of its inputs to those before it.
+
+Operators that autograd cannot differentiate are opaque: nothing passes through them, and what they read is named.
+"""
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ._attention import ATTENTION_BACKWARD, ATTENTION_FORWARD, attention_backward
+from .passes._fx import graph_outputs, hint, is_tensor
+
+# Autograd functions of operators without a derivative.
+_OPAQUE = ("NotImplemented", "NotSupported")
+
+_MAX_SEGMENTS = 64
+# What a segment takes under autograd, relative to the results of its operators.
+_AUTOGRAD_FACTOR = 2
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive nodes, and what they read that others compute before."""
+
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+
+    @cached_property
+    def inside(self) -> frozenset[fx.Node]:
+        """The nodes as a set."""
+        return frozenset(self.nodes)
+
+    def reads(self) -> Iterable[fx.Node]:
+        """Everything that has to be there for this segment, leaves among its own nodes included."""
+        return (*self.inputs, *self.nodes)
+
+
+@dataclass
+class Sweep:
+    """A backward graph with the arguments of one call.
+
+    ``leaves`` are the nodes to differentiate by; they are computed anew in each segment that reads them.
+    """
+
+    graph: fx.Graph
+    arguments: Mapping[fx.Node, Any]
+    leaves: frozenset[fx.Node]
+    opaque: set[fx.Node] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.nodes = _ordered(self.graph)
+        self.dependent = _dependent(self.nodes, self.leaves)
+        self.segments = _split(self.nodes, self.leaves)
+        self._kept: dict[fx.Node, Any] = {}
+
+    def run(self, change: Mapping[fx.Node, Callable[[Tensor], Tensor]] | None = None) -> list[Any]:
+        """The results of the graph, with the values of some leaves changed; keeps nothing."""
+        return self._run(frozenset(), change or {})
+
+    def run_and_keep(self) -> list[Any]:
+        """The results of the graph; keeps what ``pull_back`` starts from."""
+        crossing = {node for segment in self.segments for node in segment.inputs}
+        return self._run(frozenset(crossing - self.leaves), {})
+
+    @torch.no_grad()
+    def _run(self, kept: frozenset[fx.Node], change: Mapping[fx.Node, Callable[[Tensor], Tensor]]) -> list[Any]:
+        output = self.graph.output_node()
+        last_use = {source: node for node in [*self.nodes, output] for source in node.all_input_nodes}
+        values: dict[fx.Node, Any] = dict(self.arguments)
+        for node in self.nodes:
+            values[node] = _call(node, values)
+            if node in change:
+                values[node] = change[node](values[node])
+            if node in kept:
+                self._kept[node] = values[node]
+            for used in {node, *node.all_input_nodes}:
+                if last_use.get(used, node) is node:
+                    values.pop(used, None)
+        return [values[node] if isinstance(node, fx.Node) else node for node in graph_outputs(self.graph)]
+
+    @torch.no_grad()
+    def pull_back(
+        self,
+        targets: Iterable[fx.Node],
+        draw: Callable[[fx.Node, Tensor], Tensor],
+        see: Callable[[fx.Node, Tensor], None],
+    ) -> None:
+        """One vector-Jacobian product; needs ``run_and_keep`` before it.
+
+        Args:
+            targets: Results of the graph that have a cotangent.
+            draw: Gives it, from the node and its value.
+            see: Takes each leaf and its cotangent, in the layout of the leaf's value, as soon as it is complete.
+        """
+        wanted = {node for node in targets if node in self.dependent}
+        first_reader = {node: i for i, part in reversed(list(enumerate(self.segments))) for node in part.reads()}
+        cotangents: dict[fx.Node, Tensor] = {}
+        for index, segment in reversed(list(enumerate(self.segments))):
+            values, sources = self._forward(segment)
+            ends = [n for n in segment.nodes if (n in cotangents or n in wanted) and _needs_grad(values[n])]
+            directions = [_sum(cotangents.get(n), draw(n, values[n]) if n in wanted else None) for n in ends]
+            found: Sequence[Tensor | None] = [None] * len(sources)
+            if ends and sources:
+                ends_values = [values[node] for node in ends]
+                found = torch.autograd.grad(ends_values, list(sources.values()), directions, allow_unused=True)
+            del values
+            for node in segment.nodes:
+                if node not in self.leaves:
+                    cotangents.pop(node, None)
+            for (node, value), gradient in zip(sources.items(), found, strict=True):
+                if gradient is not None:
+                    total = _sum(cotangents.get(node), gradient)
+                    cotangents[node] = total if node not in self.leaves else torch.empty_like(value).copy_(total)
+                if node in self.leaves and first_reader[node] == index and node in cotangents:
+                    see(node, cotangents.pop(node))
+            for node in segment.inputs:
+                if first_reader[node] == index:
+                    self._kept.pop(node, None)
+
+    def _forward(self, segment: Segment) -> tuple[dict[fx.Node, Any], dict[fx.Node, Tensor]]:
+        """Values of a segment under autograd, and its sources: leaves, and inputs that depend on them."""
+        values: dict[fx.Node, Any] = dict(self.arguments)
+        sources: dict[fx.Node, Tensor] = {}
+        for node in (*segment.inputs, *segment.nodes):
+            if node in self.leaves or node not in segment.inside:
+                value = _call(node, values) if node in self.leaves else self._kept[node]
+                if node in self.dependent and isinstance(value, Tensor) and value.is_floating_point():
+                    value = sources[node] = value.detach().requires_grad_()
+                values[node] = value
+                continue
+            with torch.set_grad_enabled(node in self.dependent):
+                values[node] = _call(node, values)
+            if _is_opaque(values[node]):
+                self.opaque.add(node)
+                values[node] = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, values[node])
+        return values, sources
+
+    def behind_opaque(self) -> set[fx.Node]:
+        """The leaves that an opaque operator reads, directly or not."""
+        pending, seen = list(self.opaque), set()
+        while pending:
+            node = pending.pop()
+            if node not in seen:
+                seen.add(node)
+                pending.extend(node.all_input_nodes)
+        return seen & self.leaves
+
+
+def _call(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    if node.op == "get_attr":
+        raise NotImplementedError(f"constant {node.target} of a graph")
+    if torch.is_grad_enabled():
+        if node.target is torch.ops.prims.convert_element_type.default:
+            return args[0].to(args[1])
+        if node.target in ATTENTION_BACKWARD:
+            return attention_backward(node.target, args, kwargs)
+        if node.target in ATTENTION_FORWARD:
+            # Its results are functions of the operands that the backward's derivative accounts for.
+            with torch.no_grad():
+                return node.target(*args, **kwargs)  # type: ignore[operator]
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _ordered(graph: fx.Graph) -> list[fx.Node]:
+    """The operators of ``graph``, every tuple directly followed by what takes it apart."""
+    nodes: list[fx.Node] = []
+    for node in graph.nodes:
+        if node.op not in ("placeholder", "output") and node.target is not operator.getitem:
+            nodes.append(node)
+            nodes.extend(user for user in node.users if user.target is operator.getitem)
+    return nodes
+
+
+def _dependent(nodes: Sequence[fx.Node], leaves: frozenset[fx.Node]) -> set[fx.Node]:
+    dependent = set(leaves)
+    for node in nodes:
+        if not dependent.isdisjoint(node.all_input_nodes):
+            dependent.add(node)
+    return dependent
+
+
+def _split(nodes: Sequence[fx.Node], leaves: frozenset[fx.Node]) -> list[Segment]:
+    """The segments that together with what is kept between them take the least memory."""
+    total = sum(map(_nbytes, nodes))
+    best: tuple[float, list[Segment]] | None = None
+    for count in range(1, min(_MAX_SEGMENTS, max(1, len(nodes))) + 1):
+        segments = _cut(nodes, leaves, total / count)
+        kept = {node for segment in segments for node in segment.inputs if node not in leaves}
+        largest = max((sum(map(_nbytes, segment.nodes)) for segment in segments), default=0)
+        cost = _AUTOGRAD_FACTOR * largest + sum(map(_nbytes, kept))
+        if best is None or cost < best[0]:
+            best = cost, segments
+    assert best is not None
+    return best[1]
+
+
+def _cut(nodes: Sequence[fx.Node], leaves: frozenset[fx.Node], size: float) -> list[Segment]:
+    groups: list[list[fx.Node]] = [[]]
+    filled = 0
+    for node in nodes:
+        if filled >= size and node.target is not operator.getitem:
+            groups.append([])
+            filled = 0
+        groups[-1].append(node)
+        filled += _nbytes(node)
+    return [Segment(tuple(group), _inputs(group, leaves)) for group in groups]
+
+
+def _inputs(group: Sequence[fx.Node], leaves: frozenset[fx.Node]) -> tuple[fx.Node, ...]:
+    """What ``group`` reads from before, and what the leaves among that are computed from, in order."""
+    inside, found = set(group), dict[fx.Node, None]()
+    for read in (source for node in group for source in node.all_input_nodes):
+        for node in (*(read.all_input_nodes if read in leaves else ()), read):
+            if node.op != "placeholder" and node not in inside:
+                found[node] = None
+    return tuple(found)
+
+
+def _nbytes(node: fx.Node) -> int:
+    return hint(node.meta["val"].numel()) * node.meta["val"].element_size() if is_tensor(node) else 0
+
+
+def _needs_grad(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _is_opaque(value: Any) -> bool:
+    tensors = value if isinstance(value, tuple | list) else [value]
+    return any(
+        isinstance(tensor, Tensor)
+        and tensor.grad_fn is not None
+        and any(mark in tensor.grad_fn.name() for mark in _OPAQUE)
+        for tensor in tensors
+    )
+
+
+def _sum(first: Tensor | None, second: Tensor | None) -> Tensor:
+    if first is None or second is None:
+        result = first if second is None else second
+        assert result is not None
+        return result
+    return first + second
