@@ -17,7 +17,6 @@ from .backend import act
 from .config import Config
 from .errors import ConfigError
 from .plan import Plan
-from .planner import make_plan
 from .rng import get_rng_state, set_rng_state
 
 
@@ -46,7 +45,7 @@ def profile_call(
         output = isolated_compile(fresh(model), functools.partial(act, options=options))(*args, **kwargs)
         # Unlike backward(), this leaves every .grad alone.
         torch.autograd.grad(_scalar(output, loss), parameters, allow_unused=True)
-    plans = [make_plan(record.rows, probing, record.profile) for record in made if record.rows]
+        plans = [records.solved_plan(record) for record in made if record.profile is not None]
     return functools.reduce(Plan.merged, plans, Plan())
 
 

@@ -38,10 +38,6 @@ class Segment:
         """The nodes as a set."""
         return frozenset(self.nodes)
 
-    def reads(self) -> Iterable[fx.Node]:
-        """Everything that has to be there for this segment, leaves among its own nodes included."""
-        return (*self.inputs, *self.nodes)
-
 
 @dataclass
 class Sweep:
@@ -101,11 +97,16 @@ class Sweep:
             see: Takes each leaf and its cotangent, in the layout of the leaf's value, as soon as it is complete.
         """
         wanted = {node for node in targets if node in self.dependent}
-        first_reader = {node: i for i, part in reversed(list(enumerate(self.segments))) for node in part.reads()}
+        first_reader = {
+            node: index
+            for index, segment in reversed(list(enumerate(self.segments)))
+            for node in (*segment.inputs, *(self.leaves & segment.inside))
+        }
         cotangents: dict[fx.Node, Tensor] = {}
         for index, segment in reversed(list(enumerate(self.segments))):
             values, sources = self._forward(segment)
-            ends = [n for n in segment.nodes if (n in cotangents or n in wanted) and _needs_grad(values[n])]
+            reached = [n for n in segment.nodes if n not in self.leaves and (n in cotangents or n in wanted)]
+            ends = [node for node in reached if _needs_grad(values[node])]
             directions = [_sum(cotangents.get(n), draw(n, values[n]) if n in wanted else None) for n in ends]
             found: Sequence[Tensor | None] = [None] * len(sources)
             if ends and sources:

@@ -40,8 +40,8 @@ from .config import Config
 from .errors import CompileError, ConfigError
 from .passes import run_passes
 from .passes.lower import lower_encoders
-from .passes.partition import baseline_nbytes, partition
-from .plan import Profile, Role
+from .passes.partition import baseline, partition
+from .plan import Plan, Role
 from .planner import make_plan
 from .rng import next_seed
 from .sensitivity import Probe
@@ -103,17 +103,13 @@ def compile_graph(
     seeded, fake_seed = add_scalar_input(graph, "actcompile_seed", torch.zeros((), dtype=torch.int64, device=device))
     roles = [*roles, Role.SEED]
 
-    def compile_with(profile: Profile | None, interpret: Interpret | None) -> Callable[..., Any]:
-        lowered = interpret is None
-        partitioner = Partitioner(config, roles, record, profile, lowered)
+    def compile_with(plan: Plan | None, interpret: Interpret | None) -> Callable[..., Any]:
+        partitioner = Partitioner(config, roles, record, plan, lowered=interpret is None)
         # What Dynamo made of the inputs is there once only; later they would be traced with dynamic shapes.
         values = traced_inputs(seeded, [*inputs, fake_seed])
         return compile_pair(copied(seeded), values, partitioner=partitioner, interpret=interpret, settings=settings)
 
-    if config.automatic:
-        compiled: Callable[..., Any] = ProbedFirst(compile_with, Probe(roles), interpret)
-    else:
-        compiled = compile_with(None, interpret)
+    compiled = ProbedFirst(record, compile_with, interpret) if config.automatic else compile_with(None, interpret)
 
     def run(*args: Any) -> Any:
         record.see_parameters(args)
@@ -130,23 +126,24 @@ class ProbedFirst:
 
     def __init__(
         self,
-        compile_with: Callable[[Profile | None, Interpret | None], Callable[..., Any]],
-        probe: Probe,
+        record: records.GraphRecord,
+        compile_with: Callable[[Plan | None, Interpret | None], Callable[..., Any]],
         interpret: Interpret | None,
     ) -> None:
-        self._compile_with = compile_with
-        self._probe = probe
-        self._interpret = interpret
+        record.probe = Probe(record.roles)
+        self._record = record
         self._reenter = reentrant_tracing()
-        self._probed = compile_with(None, probe.interpret)
-        self._compiled: Callable[..., Any] | None = None
+        self._current = compile_with(None, record.probe.interpret)
+        self._compile: Callable[[], Callable[..., Any]] | None = lambda: compile_with(
+            records.solved_plan(record), interpret
+        )
 
     def __call__(self, *args: Any) -> Any:
-        if self._compiled is None and self._probe.profile is not None:
+        if self._compile is not None and self._record.profile is not None:
             with self._reenter():
-                self._compiled = self._compile_with(self._probe.profile, self._interpret)
-            del self._probed
-        return (self._compiled or self._probed)(*args)
+                self._current = self._compile()
+            self._compile = None
+        return self._current(*args)
 
 
 class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
@@ -157,20 +154,20 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
         config: Config,
         roles: Sequence[Role],
         record: records.GraphRecord,
-        profile: Profile | None = None,
+        plan: Plan | None = None,
         lowered: bool = True,
     ) -> None:
         self.config = config
         self.roles = roles
         self.record = record
-        self.profile = profile
+        self.plan = plan
         self.lowered = lowered
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Called by AOTAutograd with the joint graph."""
-        baseline = baseline_nbytes(gm, joint_inputs, **kwargs)
+        self.record.count_baseline = baseline(gm, joint_inputs, **kwargs)
         pair = partition(
             gm,
             joint_inputs,
@@ -180,17 +177,21 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
             **kwargs,
         )
         rows = analyze(pair)
-        plan = make_plan(rows, self.config, self.profile)
+        if self.plan is None:
+            plan = make_plan(rows, self.config, self.record.budget_nbytes())
+        else:
+            plan = self.plan.select(rows)
         run_passes(pair, plan)
         if self.lowered:
             lower_encoders(pair, plan)
-        self.record.finish(rows, plan, baseline, pair, self.profile)
-        log.info("%s", self.record.summary())
+        self.record.finish(rows, plan, pair)
+        if log.isEnabledFor(logging.INFO):
+            log.info("%s", self.record.summary())
         return pair.forward, pair.backward
 
     def uuid(self) -> object:
         """What the compiled code depends on besides the graph: this package's sources and the settings."""
-        return get_hash_for_files(_sources(), repr((self.config, self.profile)))
+        return get_hash_for_files(_sources(), repr((self.config, self.plan)))
 
 
 @functools.cache

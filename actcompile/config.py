@@ -35,8 +35,6 @@ LOWERINGS = ("inductor", "eager")
 
 # Fields that are part of the interface but that this release does not act on: field -> what to use instead.
 _NOT_YET: Mapping[str, str] = {
-    "memory": "set bits, and read the bytes from actcompile.explain",
-    "noise": "set bits",
     "sparsity": "set bits",
     "offload": "set bits",
     "profile_every": "leave it out",
@@ -52,8 +50,8 @@ class Config:
             or 8; with ``auto`` their mean, any number from 1 to 8. 32 keeps every tensor's own bits, so that only the
             lossless passes run. Default 4.
         memory: Bytes saved for the backward of one step: int, a string as "6GiB", or a float in (0, 1], the share of
-            what torch.compile saves. Not available in this release.
-        noise: Predicted relative gradient variance. Not available in this release.
+            what torch.compile saves. Bits are chosen by sensitivities, unless ``auto`` is False.
+        noise: Predicted E|g' - g|^2 / |g|^2 over the trainable parameters: the fewest bytes that reach it.
         auto: Per-tensor bits from sensitivities, measured in the first step, which is interpreted; otherwise every
             tensor gets the same.
         group_size: Elements that share one scale: a power of two from 32 to 4096.
@@ -142,12 +140,14 @@ class Config:
         bits = self.setting("bits")
         if bits == EXACT_BITS:
             return None
-        return DEFAULT_BITS if bits is None else float(bits)
+        return DEFAULT_BITS if bits is None or self.memory is not None or self.noise is not None else float(bits)
 
     @property
     def automatic(self) -> bool:
         """Whether every tensor gets bits of its own, by its sensitivity."""
-        return bool(self.setting("auto")) and self.plan is None and self.average_bits is not None
+        if self.plan is not None or self.average_bits is None:
+            return False
+        return bool(self.setting("auto")) or (self.auto is None and (self.memory or self.noise) is not None)
 
     @property
     def lossy(self) -> bool:
@@ -200,6 +200,8 @@ def _check_targets(config: Config) -> None:
     if len(given) > 1:
         values = ", ".join(f"{name}={getattr(config, name)!r}" for name in given)
         raise ConfigError(f"at most one of bits, memory and noise can be the target, got {values}: keep one of them")
+    if config.noise is not None and config.auto is False:
+        raise ConfigError(f"noise needs sensitivities, got noise={config.noise!r} and auto=False: leave auto out")
     if config.plan is not None and (given or config.level is not None):
         raise ConfigError(
             f"a plan already says what is stored, got plan and {', '.join(given) or 'level'}: give one or the other"

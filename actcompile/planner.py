@@ -1,12 +1,14 @@
 """Decides what is stored for each saved tensor. Pure: rows and settings in, a plan out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 
-from .allocation import Option, least_noise
+from .allocation import Option, fewest_nbytes, least_noise
 from .config import CODE_BITS, Config
+from .errors import ConfigError
 from .plan import Action, Decision, Plan, Profile, Role, SavedTensor
 from .triton_kernels.pack_bool import packed_nbytes
 from .triton_kernels.quantize import quantized_nbytes
@@ -15,36 +17,89 @@ from .triton_kernels.quantize import quantized_nbytes
 _NARROW_TYPES = ((torch.uint8, 2**8), (torch.int16, 2**15), (torch.int32, 2**31))
 
 
-def make_plan(rows: Sequence[SavedTensor], config: Config, profile: Profile | None = None) -> Plan:
-    """One decision per row: the plan of ``config`` where it brings one, else lossless steps and bits.
+@dataclass(frozen=True)
+class ProbedGraph:
+    """The rows of one graph with their sensitivities."""
 
-    Bits are the same for all tensors until a profile tells how much each matters; then those whose noise adds up to the
-    least at as many bytes.
+    rows: Sequence[SavedTensor]
+    profile: Profile
+
+
+def make_plan(rows: Sequence[SavedTensor], config: Config, budget_nbytes: float | None = None) -> Plan:
+    """One decision per row: the plan of ``config`` where it brings one, else lossless steps and uniform bits, those of
+    ``config`` or as many as ``budget_nbytes`` allow.
 
     Raises:
-        ConfigError: When the plan that ``config`` brings does not cover the rows.
+        ConfigError: When the plan that ``config`` brings does not cover the rows, or one bit takes too much memory.
     """
     if isinstance(config.plan, Plan):
         return config.plan.select(rows)
-    uniform = {row.key: _decide(row, config) for row in rows}
-    return Plan(uniform if profile is None else {**uniform, **_allocate(rows, uniform, config, profile)})
+    if budget_nbytes is None:
+        return _uniform(rows, config, config.code_bits)
+    for bits in (None, *reversed(CODE_BITS)):
+        plan = _uniform(rows, config, bits)
+        if _counted_nbytes(rows, plan) <= budget_nbytes:
+            return plan
+    raise _infeasible(config, _counted_nbytes(rows, plan))
 
 
-def _allocate(
-    rows: Sequence[SavedTensor], uniform: Mapping[str, Decision], config: Config, profile: Profile
-) -> dict[str, Decision]:
-    """Decisions for the rows that uniform bits quantize."""
-    chosen = [row for row in rows if uniform[row.key].action is Action.QUANTIZE]
-    ways = [_ways(row, config) for row in chosen]
-    options = [
-        [Option(stored_nbytes(row, decision), _noise(row, decision, profile)) for decision in decisions]
-        for row, decisions in zip(chosen, ways, strict=True)
+def solve(graphs: Sequence[ProbedGraph], config: Config, budget_nbytes: float | None = None) -> list[Plan]:
+    """One plan per graph, all solved together: the least noise at the bytes that ``config`` allows, or the fewest bytes
+    at its noise.
+
+    Raises:
+        ConfigError: When no plan takes so few bytes.
+    """
+    lossless = [_uniform(graph.rows, config, None) for graph in graphs]
+    coarse = [_uniform(graph.rows, config, CODE_BITS[0]) for graph in graphs]
+    chosen = [
+        (index, row)
+        for index, graph in enumerate(graphs)
+        for row in graph.rows
+        if coarse[index][row.key].action is Action.QUANTIZE
     ]
+    ways = [_ways(row, config) for _, row in chosen]
+    options = [
+        [Option(stored_nbytes(row, way), _noise(row, way, graphs[index].profile)) for way in row_ways]
+        for (index, row), row_ways in zip(chosen, ways, strict=True)
+    ]
+    if config.noise is not None:
+        square = sum(graph.profile.gradient_square for graph in graphs)
+        picked = fewest_nbytes(options, config.noise * square)
+    else:
+        budget = _average_nbytes([row for _, row in chosen], config)
+        exact = sum(_counted_nbytes(graph.rows, plan) for graph, plan in zip(graphs, lossless, strict=True))
+        fixed = exact - sum(row.nbytes for _, row in chosen)
+        if budget_nbytes is not None:
+            budget = budget_nbytes - fixed
+        found = least_noise(options, budget)
+        if found is None:
+            raise _infeasible(config, fixed + sum(min(way.nbytes for way in row_ways) for row_ways in options))
+        picked = found
+    decisions = [dict(plan) for plan in lossless]
+    for (index, row), row_ways, pick in zip(chosen, ways, picked, strict=True):
+        decisions[index][row.key] = row_ways[pick]
+    return [Plan(plan) for plan in decisions]
+
+
+def _average_nbytes(rows: Sequence[SavedTensor], config: Config) -> float:
+    """Bytes of ``rows`` at the mean bits of ``config``."""
     assert config.average_bits is not None
-    budget = sum(_nbytes_at(row, config.average_bits, config.group_size) for row in chosen)
-    picked = least_noise(options, budget)
-    assert picked is not None, "uniform bits fit"
-    return {row.key: decisions[pick] for row, decisions, pick in zip(chosen, ways, picked, strict=True)}
+    return sum(_nbytes_at(row, config.average_bits, config.group_size) for row in rows)
+
+
+def _infeasible(config: Config, least_nbytes: int) -> ConfigError:
+    return ConfigError(
+        f"memory must leave room for what is saved at {CODE_BITS[0]} bit per element, {least_nbytes} bytes "
+        f"({least_nbytes / 2**20:.1f} MiB) for this model and batch, got {config.memory!r}: give that much, or make "
+        "the batch smaller"
+    )
+
+
+def _counted_nbytes(rows: Sequence[SavedTensor], plan: Plan) -> int:
+    """Bytes stored for rows that are there for the backward alone."""
+    counted = (row for row in rows if row.role in (Role.ACTIVATION, Role.BOUNDARY))
+    return sum(stored_nbytes(row, plan[row.key]) for row in counted)
 
 
 def _ways(row: SavedTensor, config: Config) -> list[Decision]:
@@ -84,7 +139,12 @@ def stored_nbytes(row: SavedTensor, decision: Decision) -> int:
             return quantized_nbytes(row.numel, decision.bits, decision.group_size, row.dtype)
 
 
-def _decide(row: SavedTensor, config: Config) -> Decision:
+def _uniform(rows: Sequence[SavedTensor], config: Config, bits: int | None) -> Plan:
+    """Lossless steps, and codes of ``bits`` where these help."""
+    return Plan({row.key: _decide(row, config, bits) for row in rows})
+
+
+def _decide(row: SavedTensor, config: Config, bits: int | None) -> Decision:
     obstacle = row.obstacle or _setting_against(row, config)
     if obstacle:
         return Decision(Action.KEEP, obstacle)
@@ -92,12 +152,12 @@ def _decide(row: SavedTensor, config: Config) -> Decision:
         return Decision(Action.PACK, "a mask needs one bit per element")
     if not row.dtype.is_floating_point:
         return _narrow(row)
-    if config.code_bits is None:
+    if bits is None:
         return Decision(Action.KEEP, "the settings are lossless")
     reason = "uniform bits"
     if row.role is Role.BOUNDARY:
         reason += "; memory falls once the caller drops the tensor"
-    decision = Decision(Action.QUANTIZE, reason, bits=config.code_bits, group_size=config.group_size)
+    decision = Decision(Action.QUANTIZE, reason, bits=bits, group_size=config.group_size)
     if stored_nbytes(row, decision) >= row.nbytes:
         return Decision(Action.KEEP, "codes would take no fewer bytes")
     return decision

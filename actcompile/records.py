@@ -1,17 +1,18 @@
 """What is remembered about the graphs of this process, for reports."""
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from ._torch import current_frame
-from .config import Config
+from .config import Config, parse_nbytes
 from .memory import Timeline, step_timeline
 from .plan import Plan, Profile, Role, SavedTensor
-from .planner import stored_nbytes
+from .planner import ProbedGraph, solve, stored_nbytes
+from .sensitivity import Probe
 
 _records: list["GraphRecord"] = []
 
@@ -23,25 +24,39 @@ class GraphRecord:
         self.config = config
         self.rows: list[SavedTensor] = []
         self.plan = Plan()
-        self.baseline_nbytes = 0
+        self.count_baseline: Callable[[], int] = lambda: 0
         self.timeline: Timeline | None = None
-        self.profile: Profile | None = None
+        self.probe: Probe | None = None
         self._frame = current_frame()
-        self._roles = roles
+        self.roles = roles
         self._parameters: list[weakref.ref[torch.Tensor]] | None = None
 
-    def finish(
-        self, rows: Sequence[SavedTensor], plan: Plan, baseline_nbytes: int, pair: Any, profile: Profile | None
-    ) -> None:
+    @property
+    def profile(self) -> Profile | None:
+        """What probing found, once it has."""
+        return None if self.probe is None else self.probe.profile
+
+    @property
+    def baseline_nbytes(self) -> int:
+        """Bytes that torch.compile saves for the same graph."""
+        return self.count_baseline()
+
+    def budget_nbytes(self) -> float | None:
+        """Bytes that the settings allow to be saved, if they limit them."""
+        memory = self.config.memory
+        if isinstance(memory, str):
+            return parse_nbytes(memory)
+        return memory * self.baseline_nbytes if isinstance(memory, float) else memory
+
+    def finish(self, rows: Sequence[SavedTensor], plan: Plan, pair: Any) -> None:
         """Fills in what the partitioner found."""
-        self.profile = profile
-        self.rows, self.plan, self.baseline_nbytes = list(rows), plan, baseline_nbytes
+        self.rows, self.plan = list(rows), plan
         self.timeline = step_timeline(pair.forward.graph, pair.backward.graph)
 
     def see_parameters(self, args: Sequence[Any]) -> None:
         """Remembers, at the first call, whose parameters the graph works on."""
         if self._parameters is None:
-            pairs = zip(self._roles, args, strict=False)
+            pairs = zip(self.roles, args, strict=False)
             self._parameters = [weakref.ref(value) for role, value in pairs if role is Role.PARAMETER]
 
     def belongs_to(self, parameters: Iterable[torch.Tensor]) -> bool:
@@ -65,6 +80,20 @@ class GraphRecord:
             f"{len(counted)} saved tensors, {saved / 2**20:.1f} MiB stored, "
             f"{self.baseline_nbytes / 2**20:.1f} MiB with torch.compile"
         )
+
+
+def solved_plan(record: GraphRecord) -> Plan:
+    """The plan of a graph that was probed, solved together with those of the other graphs with the same settings.
+
+    Raises:
+        ConfigError: When no plan reaches the target.
+    """
+    together = [other for other in _records if other.config == record.config and other.profile is not None]
+    graphs = [ProbedGraph(other.rows, other.profile) for other in together if other.profile is not None]
+    # A share of each graph, or one number of bytes for all of them.
+    budgets = [other.budget_nbytes() for other in together]
+    budget = sum(filter(None, budgets)) if isinstance(record.config.memory, float) else budgets[0]
+    return solve(graphs, record.config, budget)[together.index(record)]
 
 
 def add(config: Config, roles: Sequence[Role]) -> GraphRecord:

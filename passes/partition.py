@@ -14,7 +14,8 @@ What is saved is then normalised:
 The tensor that is saved in place of others never has more elements than they have.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -66,13 +67,18 @@ def partition(
     return pair
 
 
-def baseline_nbytes(joint: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> int:
-    """Bytes that torch.compile would save for ``joint``, parameters and graph inputs left out."""
+def baseline(joint: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Callable[[], int]:
+    """Bytes that torch.compile would save for ``joint``, parameters and graph inputs left out, once somebody asks."""
     untouched = fx.GraphModule(joint, _copy(joint.graph))
-    forward, _ = min_cut_rematerialization_partition(untouched, joint_inputs, **kwargs)
-    outputs = graph_outputs(forward.graph)[kwargs["num_fwd_outputs"] :]
-    saved = [node for node in outputs if isinstance(node, fx.Node)]
-    return sum(tensor_nbytes(node.meta["val"]) for node in saved if value_chain(node)[-1].op != "placeholder")
+
+    @functools.cache
+    def nbytes() -> int:
+        forward, _ = min_cut_rematerialization_partition(untouched, joint_inputs, **kwargs)
+        outputs = graph_outputs(forward.graph)[kwargs["num_fwd_outputs"] :]
+        saved = [node for node in outputs if isinstance(node, fx.Node)]
+        return sum(tensor_nbytes(node.meta["val"]) for node in saved if value_chain(node)[-1].op != "placeholder")
+
+    return nbytes
 
 
 def _copy(graph: fx.Graph) -> fx.Graph:

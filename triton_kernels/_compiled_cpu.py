@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.compile_fx import compile_fx
+from torch._guards import TracingContext, tracing
+from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -32,9 +35,10 @@ def _encoder(bits: int, group_size: int, dtype: torch.dtype) -> Callable[..., tu
     key = mode.from_tensor(torch.zeros((), dtype=torch.int64))
     body = functools.partial(encode_groups, bits=bits)
     # A graph of its own: nothing of the one that is being compiled or run may reach it.
-    with torch.no_grad(), torch._guards.tracing(None), torch.device("cpu"):
-        traced = make_fx(lambda g, k: body(g, key=k), tracing_mode="symbolic")(groups, key)
-        return compile_fx(traced, [groups, key])  # type: ignore[return-value]
+    with torch.no_grad(), tracing(TracingContext(mode)), torch.device("cpu"), V.set_fake_mode(mode):
+        traced = make_fx(lambda g, k: body(g, key=k), select_decomp_table(), tracing_mode="symbolic")(groups, key)
+        compiled = compile_fx_inner(traced, [groups, key])
+    return lambda *args: compiled(list(args))
 
 
 @torch.library.custom_op(

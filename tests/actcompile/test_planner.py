@@ -7,8 +7,8 @@ import torch
 
 from actcompile import Config, ConfigError, Plan
 from actcompile.config import CODE_BITS
-from actcompile.plan import Action, Decision, Role, SavedTensor
-from actcompile.planner import make_plan, stored_nbytes
+from actcompile.plan import Action, Decision, Profile, Role, SavedTensor, Sensitivity
+from actcompile.planner import ProbedGraph, make_plan, solve, stored_nbytes
 
 ROW = SavedTensor(
     key="blocks.0.fc/gelu",
@@ -120,3 +120,86 @@ def test_a_given_plan_is_followed() -> None:
 def test_a_plan_without_the_row_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"without an entry for 'blocks.0.fc/gelu' \(gelu in blocks.0.fc\)"):
         make_plan([ROW], Config(plan=Plan()))
+
+
+def probed(sensitivities: dict[str, float], numel: int = 2**16) -> ProbedGraph:
+    """A graph whose tensors all have ``numel`` elements; noise falls with the square of the number of levels."""
+    rows = [replace(ROW, key=key, numel=numel, nbytes=4 * numel, shape=(numel,)) for key in sensitivities]
+    known = {
+        key: Sensitivity({bits: value / (2**bits - 1) ** 2 for bits in CODE_BITS}, "probed")
+        for key, value in sensitivities.items()
+    }
+    return ProbedGraph(rows, Profile(known, 1.0))
+
+
+def total_nbytes(graph: ProbedGraph, plan: Plan) -> int:
+    return sum(stored_nbytes(row, plan[row.key]) for row in graph.rows)
+
+
+def total_noise(graph: ProbedGraph, plan: Plan) -> float:
+    known = graph.profile.sensitivities
+    return sum(known[key].variance[plan[key].bits] for key in plan if plan[key].bits is not None)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 3.7, 4, 8])
+def test_bits_are_a_mean(bits: float) -> None:
+    graph = probed({"a": 1.0, "b": 1e-3, "c": 1e-6})
+    (plan,) = solve([graph], Config(bits=bits, auto=True))
+    codes = sum(2**16 * (decision.bits or 32) for decision in plan.values())
+    assert codes <= bits * 3 * 2**16 * 1.05
+    assert total_nbytes(graph, plan) <= 3 * (2**16 * bits / 8 + 2**16 / 256 * 6)
+
+
+def test_sensitive_tensors_get_more_bits() -> None:
+    (plan,) = solve([probed({"a": 1.0, "b": 1e-3, "c": 1e-6})], Config(bits=4, auto=True))
+    bits = [plan[key].bits or 32 for key in "abc"]
+    assert bits == sorted(bits, reverse=True) and bits[0] > bits[2]
+
+
+def test_equal_tensors_get_equal_bits() -> None:
+    (plan,) = solve([probed(dict.fromkeys("abcd", 0.1))], Config(bits=4, auto=True))
+    assert [plan[key].bits for key in "abcd"] == [4] * 4
+
+
+def test_graphs_share_the_bytes() -> None:
+    loud, quiet = probed({"a": 1.0, "b": 1.0}), probed({"a": 1e-8, "b": 1e-8})
+    plans = solve([loud, quiet], Config(bits=4, auto=True))
+    assert min(plans[0][key].bits or 32 for key in "ab") > max(plans[1][key].bits or 32 for key in "ab")
+
+
+@pytest.mark.parametrize("budget", [40_000, 50_000, 100_000, 500_000])
+def test_memory_is_never_exceeded(budget: int) -> None:
+    graph = probed({"a": 1.0, "b": 1e-3, "c": 1e-6})
+    config = Config(memory=budget)
+    (plan,) = solve([graph], config, budget)
+    assert total_nbytes(graph, plan) <= budget
+    uniform = make_plan(graph.rows, config, budget)
+    assert total_nbytes(graph, uniform) <= budget
+    assert total_noise(graph, plan) <= total_noise(graph, uniform)
+
+
+def test_memory_that_is_too_little_says_how_much_is_needed() -> None:
+    graph = probed({"a": 1.0})
+    least = 2**16 // 8 + 2**16 // 256 * 6
+    config = Config(memory=least - 1)
+    makers = (lambda budget: solve([graph], config, budget), lambda budget: make_plan(graph.rows, config, budget))
+    for make in makers:
+        with pytest.raises(ConfigError, match=rf"1 bit per element, {least} bytes .*got {least - 1}: give that much"):
+            make(least - 1)
+        make(least)
+
+
+@pytest.mark.parametrize("noise", [1e-1, 1e-3, 1e-6])
+def test_noise_is_reached_with_few_bytes(noise: float) -> None:
+    graph = probed({"a": 1.0, "b": 1e-3, "c": 1e-6})
+    (plan,) = solve([graph], Config(noise=noise))
+    assert total_noise(graph, plan) <= noise
+    (finer,) = solve([graph], Config(noise=noise / 10))
+    assert total_nbytes(graph, plan) < total_nbytes(graph, finer)
+
+
+def test_rows_that_must_stay_exact_are_not_allocated() -> None:
+    graph = probed({"a": 1.0, "b": 1.0})
+    rows = [replace(graph.rows[0], obstacle="test"), graph.rows[1]]
+    (plan,) = solve([replace(graph, rows=rows)], Config(bits=1, auto=True))
+    assert (plan["a"].action, plan["a"].reason, plan["b"].bits) == (Action.KEEP, "test", 1)
