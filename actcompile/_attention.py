@@ -87,5 +87,5 @@ def attention_gradients(
     ds = p * (dp - (p * dp).sum(-1, keepdim=True))
     dq, dk, dv = factor * ds @ keys, factor * ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ grad
     if repeats > 1:
-        dk, dv = (part.unflatten(1, (-1, repeats)).sum(2) for part in (dk, dv))
+        dk, dv = (part.view(part.shape[0], -1, repeats, *part.shape[2:]).sum(2) for part in (dk, dv))
     return dq, dk, dv

@@ -156,6 +156,8 @@ class Sweep:
 
 
 def _call(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    args: Any
+    kwargs: Any
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
     if node.op == "get_attr":
         raise NotImplementedError(f"constant {node.target} of a graph")

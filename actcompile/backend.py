@@ -189,6 +189,10 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
             log.info("%s", self.record.summary())
         return pair.forward, pair.backward
 
+    def __getstate__(self) -> dict[str, object]:
+        """What Inductor's cache pickles into its key, beside the rest of its configuration."""
+        return {"uuid": self.uuid()}
+
     def uuid(self) -> object:
         """What the compiled code depends on besides the graph: this package's sources and the settings."""
         return get_hash_for_files(_sources(), repr((self.config, self.plan)))

@@ -96,7 +96,7 @@ class Probe:
         self, sweep: Sweep, key: str, decoders: Mapping[fx.Node, str], exact: Mapping[fx.Node, Tensor]
     ) -> Sensitivity:
         """From the change of the gradient by noise in one tensor, as large as that of its codes in training."""
-        (bits, group_size) = next((node.args[3:5] for node, name in decoders.items() if name == key))
+        bits, group_size = next(_format(node) for node, name in decoders.items() if name == key)
         rounding = self._rounding[key]
         variance = rounding[:, CODE_BITS.index(bits)]
 
@@ -115,6 +115,13 @@ class Probe:
         per_unit = change / max(float(variance.sum()), torch.finfo(torch.float32).tiny)
         totals = rounding.sum(0).tolist()
         return Sensitivity({b: per_unit * t for b, t in zip(CODE_BITS, totals, strict=True)}, "perturbed")
+
+
+def _format(decoder: fx.Node) -> tuple[int, int]:
+    """Bits and group size."""
+    _, _, _, bits, group_size, *_ = decoder.args
+    assert isinstance(bits, int) and isinstance(group_size, int)
+    return bits, group_size
 
 
 class _RoundingNoted(fx.Interpreter):
@@ -138,7 +145,7 @@ class _Squares:
     def __init__(self, decoders: Mapping[fx.Node, str], rounding: Mapping[str, Tensor]) -> None:
         self._decoders = decoders
         self._rounding = rounding
-        self._group_sizes: dict[str, int] = {key: node.args[4] for node, key in decoders.items()}
+        self._group_sizes = {key: _format(node)[1] for node, key in decoders.items()}
         self._pending = {key: list(decoders.values()).count(key) for key in decoders.values()}
         self._sums: dict[str, Tensor] = {}
         self._variances: dict[str, list[float]] = {}

@@ -106,12 +106,12 @@ def _is_below_zero(node: fx.Node) -> bool:
         return _is_square(node.args[0])
     if node.target is not aten.mul.Tensor or not isinstance(node.args[1], float | int):
         return False
-    return node.args[1] < 0 and _is_square(node.args[0])
+    return bool(node.args[1] < 0) and _is_square(node.args[0])
 
 
 def _is_square(node: object) -> bool:
     if not isinstance(node, fx.Node):
         return False
     if node.target is aten.pow.Tensor_Scalar:
-        return node.args[1] == 2
+        return bool(node.args[1] == 2)
     return node.target is aten.mul.Tensor and node.args[0] is node.args[1]

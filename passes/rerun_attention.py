@@ -13,6 +13,9 @@ With dropout the output stays the saved one: the run in the backward could not d
 nobody reads crosses no longer.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -21,7 +24,7 @@ from ._fx import GraphPair, call, unpack_call
 aten = torch.ops.aten
 
 # backward -> forward
-FORWARD = {
+FORWARD: Mapping[Any, torch._ops.OpOverload] = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default: (
         aten._scaled_dot_product_flash_attention_for_cpu.default
     ),
@@ -37,7 +40,7 @@ def rerun_attention(pair: GraphPair) -> None:
     """Rewrites every backward of fused attention in ``pair`` and drops the slots that it read alone."""
     for node in list(pair.backward.graph.nodes):
         if node.target in FORWARD:
-            _rerun(node)
+            _rerun(node, FORWARD[node.target])
     for slot in pair.slots:
         if not slot.placeholder.users:
             pair.backward.graph.erase_node(slot.placeholder)
@@ -45,11 +48,12 @@ def rerun_attention(pair: GraphPair) -> None:
     pair.sync()
 
 
-def _rerun(node: fx.Node) -> None:
+def _rerun(node: fx.Node, forward: torch._ops.OpOverload) -> None:
+    assert isinstance(node.target, torch._ops.OpOverload)
     names = [argument.name for argument in node.target._schema.arguments]
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    forward = FORWARD[node.target]
-    args, kwargs = [], {}
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
     for argument in forward._schema.arguments:
         value = _FIXED.get(argument.name, given.get(argument.name, argument.default_value))
         if argument.kwarg_only:

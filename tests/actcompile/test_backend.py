@@ -1,6 +1,7 @@
 """The backend end to end: gradients, noise, and every ordinary way of using a compiled model."""
 
 import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -398,6 +399,17 @@ def test_compiled_code_is_cached_by_settings() -> None:
     assert len(set(keys)) == len(configs)
     assert None not in keys
     assert keys[1] == Partitioner(Config(bits=2), [], records.GraphRecord(configs[1], [])).uuid()
+
+
+def test_partitioner_is_pickled_as_its_uuid() -> None:
+    """Inductor's cache pickles it with the rest of its settings, what the record knows about graphs must not matter."""
+    task = gpt()
+    task.gradients(compiled(task.model, bits=2))
+    (used,) = records.finished()
+    fresh = records.GraphRecord(used.config, [])
+    states = [pickle.dumps(Partitioner(used.config, [], record)) for record in (used, fresh)]
+    assert states[0] == states[1]
+    assert states[0] != pickle.dumps(Partitioner(Config(bits=3), [], fresh))
 
 
 def test_model_whose_input_needs_a_gradient() -> None:
