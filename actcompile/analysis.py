@@ -8,16 +8,14 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from .passes._fx import (
-    ALIAS_OPS,
-    VALUE_PRESERVING_OPS,
     GraphPair,
     Slot,
     graph_outputs,
     hint,
     is_tensor,
-    value_chain,
 )
 from .passes._naming import module_path, operator_name, source_line
+from .passes._views import ALIAS_OPS, VALUE_PRESERVING_OPS, value_chain
 from .plan import Role, SavedTensor
 
 aten = torch.ops.aten

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from .passes._fx import ALIAS_OPS, graph_outputs, hint
+from .passes._fx import graph_outputs, hint
+from .passes._views import ALIAS_OPS
 
 
 @dataclass(frozen=True)

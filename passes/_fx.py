@@ -16,35 +16,11 @@ from actcompile.plan import Role
 
 from ._naming import saved_keys
 
-aten = torch.ops.aten
-
 # Forward outputs carry this flag when autograd must not check their version; what replaces them carries it too.
 NO_VERSION_CHECK = "saved_tensor_with_no_vc_check"
 
 # Encoders and decoders of saved tensors carry the key of their row under this name.
 ROW_KEY = "actcompile_row"
-
-# Operators whose result holds the values of their first argument, rearranged or repeated.
-VIEW_OPS = frozenset(
-    {
-        aten.view.default,
-        aten._unsafe_view.default,
-        aten.reshape.default,
-        aten.permute.default,
-        aten.transpose.int,
-        aten.t.default,
-        aten.unsqueeze.default,
-        aten.squeeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.alias.default,
-        aten.expand.default,
-    }
-)
-VALUE_PRESERVING_OPS = VIEW_OPS | {aten.clone.default}
-
-# Operators whose result lies in the memory of their first argument.
-ALIAS_OPS = VIEW_OPS | {aten.slice.Tensor, aten.select.int, aten.diagonal.default, aten.as_strided.default}
 
 
 @dataclass
@@ -282,14 +258,6 @@ def _fake_mode(graph: fx.Graph) -> FakeTensorMode:
         for node in graph.find_nodes(op="placeholder")
         if isinstance(node.meta.get("val"), FakeTensor)
     )
-
-
-def value_chain(node: fx.Node) -> list[fx.Node]:
-    """``node`` and the nodes above it that hold the same values, up to the first that computes them."""
-    chain = [node]
-    while chain[-1].target in VALUE_PRESERVING_OPS and len(chain[-1].all_input_nodes) == 1:
-        chain.extend(chain[-1].all_input_nodes)
-    return chain
 
 
 def first_user(node: fx.Node) -> fx.Node:

@@ -25,7 +25,8 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from actcompile.plan import Role
 
-from ._fx import GraphPair, Slot, first_user, graph_outputs, hint, retire, value_chain
+from ._fx import GraphPair, Slot, first_user, graph_outputs, hint, retire
+from ._views import value_chain
 from .pin_unstable import pin_unstable
 from .rerun_attention import rerun_attention
 

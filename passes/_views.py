@@ -1,0 +1,36 @@
+"""Operators that move values without changing them, and the chains that they form."""
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+# Operators whose result holds the values of their first argument, rearranged or repeated.
+VIEW_OPS = frozenset(
+    {
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.reshape.default,
+        aten.permute.default,
+        aten.transpose.int,
+        aten.t.default,
+        aten.unsqueeze.default,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.alias.default,
+        aten.expand.default,
+    }
+)
+VALUE_PRESERVING_OPS = VIEW_OPS | {aten.clone.default}
+
+# Operators whose result lies in the memory of their first argument.
+ALIAS_OPS = VIEW_OPS | {aten.slice.Tensor, aten.select.int, aten.diagonal.default, aten.as_strided.default}
+
+
+def value_chain(node: fx.Node) -> list[fx.Node]:
+    """``node`` and the nodes above it that hold the same values, up to the first that computes them."""
+    chain = [node]
+    while chain[-1].target in VALUE_PRESERVING_OPS and len(chain[-1].all_input_nodes) == 1:
+        chain.extend(chain[-1].all_input_nodes)
+    return chain
