@@ -1,8 +1,8 @@
 """Splits the joint graph: what must be kept for the backward at all. Lossless.
 
     recompute="none"     what torch.compile saves
-    recompute="cheap"    what is left when pointwise operators and normalizations run again in the backward, no matrix
-                         product does, and the residual stream is stored, not summed up again
+    recompute="cheap"    what is left when pointwise operators, normalizations and embeddings run again in the backward,
+                         no matrix product does, and the residual stream is stored, not summed up again
 
 What is saved is then normalised:
 
@@ -56,6 +56,8 @@ def partition(
         num_fwd_outputs: Outputs of the joint graph that belong to the forward.
         **kwargs: What else AOTAutograd hands to a partitioner.
     """
+    if recompute == "cheap":
+        _embeddings_as_indexing(joint.graph)
     num_outputs = pin_unstable(joint, num_fwd_outputs) if lossy else num_fwd_outputs
     with functorch_config.patch(_CHEAP if recompute == "cheap" else {}):
         forward, backward = min_cut_rematerialization_partition(
@@ -66,6 +68,13 @@ def partition(
     if lossy:
         rerun_attention(pair)
     return pair
+
+
+def _embeddings_as_indexing(graph: fx.Graph) -> None:
+    """Looking up rows again costs no more than decoding them; the partitioner repeats it under this name alone."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default):
+        weight, indices = node.args[:2]
+        node.target, node.args, node.kwargs = torch.ops.aten.index.Tensor, (weight, [indices]), {}
 
 
 def baseline(joint: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Callable[[], int]:

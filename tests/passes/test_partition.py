@@ -52,6 +52,17 @@ def test_none_saves_what_torch_compile_saves() -> None:
     assert saved(traced) == ["mm", "getitem_1", "rsqrt", "permute", "primals_1", "permute_2"]
 
 
+def test_cheap_looks_embeddings_up_again() -> None:
+    ids = torch.randint(16, (4, 8))
+    for recompute, saved_again in (("none", True), ("cheap", False)):
+        traced = trace(lambda w, i: F.embedding(i, w).sin(), weight(16, 8), ids, recompute=recompute)
+        assert any("embedding" in row.op for row in traced.rows()) == saved_again
+        _, (gradient,) = traced.run()
+        w = traced.inputs[0].detach().requires_grad_()
+        (expected,) = torch.autograd.grad(F.embedding(ids, w).sin().sum(), [w])
+        torch.testing.assert_close(gradient, expected)
+
+
 def test_cheap_repeats_no_matrix_product() -> None:
     traced = trace(feed_forward, weight(64, 64), torch.randn(4, 64), recompute="cheap")
     assert saved(traced) == ["mm", "getitem_1", "rsqrt", "primals_1", "permute_2"]
