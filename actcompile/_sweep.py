@@ -6,6 +6,7 @@ first, runs again under autograd, from what was kept, and hands the cotangents o
 Operators that autograd cannot differentiate are opaque: nothing passes through them, and what they read is named.
 """
 
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,13 +18,16 @@ from torch import Tensor, fx
 
 from ._attention import ATTENTION_BACKWARD, ATTENTION_FORWARD, attention_backward
 from .passes._fx import graph_outputs, hint, is_tensor
+from .passes._views import ALIAS_OPS
 
 # Autograd functions of operators without a derivative.
 _OPAQUE = ("NotImplemented", "NotSupported")
 
-_MAX_SEGMENTS = 64
+# Numbers of segments, and how many limits of what crosses between them, that are tried.
+_COUNTS = (1, 2, 4, 8, 16, 32, 64)
+_LIMITS = 16
 # What a segment takes under autograd, relative to the results of its operators.
-_AUTOGRAD_FACTOR = 2
+_AUTOGRAD_FACTOR = 1.2
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,7 @@ def _call(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     kwargs: Any
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
     if node.op == "get_attr":
-        raise NotImplementedError(f"constant {node.target} of a graph")
+        return operator.attrgetter(str(node.target))(node.graph.owning_module)
     if torch.is_grad_enabled():
         if node.target is torch.ops.prims.convert_element_type.default:
             return args[0].to(args[1])
@@ -193,29 +197,49 @@ def _dependent(nodes: Sequence[fx.Node], leaves: frozenset[fx.Node]) -> set[fx.N
 
 def _split(nodes: Sequence[fx.Node], leaves: frozenset[fx.Node]) -> list[Segment]:
     """The segments that together with what is kept between them take the least memory."""
-    total = sum(map(_nbytes, nodes))
+    crossing = _crossing_nbytes(nodes, leaves)
     best: tuple[float, list[Segment]] | None = None
-    for count in range(1, min(_MAX_SEGMENTS, max(1, len(nodes))) + 1):
-        segments = _cut(nodes, leaves, total / count)
-        kept = {node for segment in segments for node in segment.inputs if node not in leaves}
-        largest = max((sum(map(_nbytes, segment.nodes)) for segment in segments), default=0)
-        cost = _AUTOGRAD_FACTOR * largest + sum(map(_nbytes, kept))
-        if best is None or cost < best[0]:
-            best = cost, segments
-    assert best is not None
-    return best[1]
+    for limit in sorted(set(crossing))[:: max(1, len(set(crossing)) // _LIMITS)]:
+        for count in _COUNTS:
+            segments = _cut(nodes, leaves, crossing, limit, count)
+            kept = {_storage(node) for segment in segments for node in segment.inputs if node not in leaves}
+            largest = max((sum(map(_new_nbytes, segment.nodes)) for segment in segments), default=0)
+            cost = _AUTOGRAD_FACTOR * largest + sum(map(_nbytes, kept))
+            if best is None or cost < best[0]:
+                best = cost, segments
+    return [] if best is None else best[1]
 
 
-def _cut(nodes: Sequence[fx.Node], leaves: frozenset[fx.Node], size: float) -> list[Segment]:
-    groups: list[list[fx.Node]] = [[]]
-    filled = 0
+def _crossing_nbytes(nodes: Sequence[fx.Node], leaves: frozenset[fx.Node]) -> list[int]:
+    """For each node, the bytes computed before it that it or later ones read, leaves left out."""
+    position = {node: index for index, node in enumerate(nodes)}
+    changes = [0] * (len(nodes) + 1)
+    users: dict[fx.Node, list[int]] = {}
     for node in nodes:
-        if filled >= size and node.target is not operator.getitem:
-            groups.append([])
+        for source in node.all_input_nodes:
+            users.setdefault(_storage(source), []).append(position[node])
+    for node in nodes:
+        readers = users.get(node)
+        if readers and node not in leaves:
+            changes[position[node] + 1] += _new_nbytes(node)
+            changes[max(readers) + 1] -= _new_nbytes(node)
+    return list(itertools.accumulate(changes))[: len(nodes)]
+
+
+def _cut(
+    nodes: Sequence[fx.Node], leaves: frozenset[fx.Node], crossing: Sequence[int], limit: int, count: int
+) -> list[Segment]:
+    """At most ``count`` segments, cut where no more than ``limit`` bytes cross; tuples stay with what unpacks them."""
+    size = sum(map(_new_nbytes, nodes)) / count
+    parts: list[list[fx.Node]] = []
+    filled = 0
+    for node, nbytes in zip(nodes, crossing, strict=True):
+        if not parts or (filled >= size and nbytes <= limit and node.target is not operator.getitem):
+            parts.append([])
             filled = 0
-        groups[-1].append(node)
-        filled += _nbytes(node)
-    return [Segment(tuple(group), _inputs(group, leaves)) for group in groups]
+        parts[-1].append(node)
+        filled += _new_nbytes(node)
+    return [Segment(tuple(part), _inputs(part, leaves)) for part in parts]
 
 
 def _inputs(group: Sequence[fx.Node], leaves: frozenset[fx.Node]) -> tuple[fx.Node, ...]:
@@ -230,6 +254,17 @@ def _inputs(group: Sequence[fx.Node], leaves: frozenset[fx.Node]) -> tuple[fx.No
 
 def _nbytes(node: fx.Node) -> int:
     return hint(node.meta["val"].numel()) * node.meta["val"].element_size() if is_tensor(node) else 0
+
+
+def _storage(node: fx.Node) -> fx.Node:
+    """The node whose memory ``node`` lies in."""
+    while node.target in ALIAS_OPS and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _new_nbytes(node: fx.Node) -> int:
+    return 0 if node.target in ALIAS_OPS else _nbytes(node)
 
 
 def _needs_grad(value: Any) -> bool:

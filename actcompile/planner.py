@@ -154,7 +154,7 @@ def _decide(row: SavedTensor, config: Config, bits: int | None) -> Decision:
         return _narrow(row)
     if bits is None:
         return Decision(Action.KEEP, "the settings are lossless")
-    reason = "uniform bits"
+    reason = "uniform bits until the first backward is probed" if config.automatic else "uniform bits"
     if row.role is Role.BOUNDARY:
         reason += "; memory falls once the caller drops the tensor"
     decision = Decision(Action.QUANTIZE, reason, bits=bits, group_size=config.group_size)

@@ -15,6 +15,7 @@ Source: GACT, section 4, whose rule needs three training steps per tensor; the p
 this project's.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ from .passes._fx import ROW_KEY, graph_outputs
 from .plan import Profile, Role, Sensitivity
 from .triton_kernels._layout import from_storage_order, to_storage_order
 from .triton_kernels.quantize import group, rounding_variance
+
+log = logging.getLogger(__name__)
 
 quantize = torch.ops.actcompile.quantize.default
 dequantize = torch.ops.actcompile.dequantize.default
@@ -74,10 +77,15 @@ class Probe:
             generator = torch.Generator(value.device).manual_seed(self._seed + targets[node])
             return torch.randn(value.shape, generator=generator, device=value.device).to(value.dtype)
 
-        sweep.pull_back(targets, draw, found.see)
+        try:
+            sweep.pull_back(targets, draw, found.see)
+            unknown = {decoders[node] for node in sweep.behind_opaque()}
+        except RuntimeError as error:
+            log.warning("sensitivities are measured one by one, autograd refuses the backward graph: %s", error)
+            unknown = set(decoders.values())
         sensitivities = found.sensitivities()
         gradients = {node: results[position] for node, position in targets.items()}
-        for key in {decoders[node] for node in sweep.behind_opaque()}:
+        for key in unknown:
             sensitivities[key] = self._measured(sweep, key, decoders, gradients)
         self.profile = Profile(sensitivities, sum(float(g.float().square().sum()) for g in gradients.values()))
         self._rounding.clear()
@@ -97,7 +105,7 @@ class Probe:
     ) -> Sensitivity:
         """From the change of the gradient by noise in one tensor, as large as that of its codes in training."""
         bits, group_size = next(_format(node) for node, name in decoders.items() if name == key)
-        rounding = self._rounding[key]
+        rounding = self._rounding[key].float()
         variance = rounding[:, CODE_BITS.index(bits)]
 
         def add_noise(value: Tensor) -> Tensor:

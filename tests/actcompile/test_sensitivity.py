@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import actcompile
 from actcompile import Plan, records
+from actcompile._sweep import Sweep
 from actcompile.plan import Action, Decision, Profile, SavedTensor
 from actcompile.triton_kernels.quantize import rounding_variance
 
@@ -63,6 +64,24 @@ def test_prediction_is_what_is_measured(name: str) -> None:
     total = measured(task, Plan({key: codec if key in known else KEEP for key in rows}), 16)
     assert 0.7 < predicted / total < 1.4
     assert profile.gradient_square == pytest.approx(float(flat(task.gradients()).square().sum()), rel=0.05)
+
+
+def test_backward_that_autograd_refuses_is_measured_tensor_by_tensor(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = gpt(layers=1)
+    _, known = probed(task)
+
+    def refuse(*args: object) -> None:
+        raise RuntimeError("derivative for aten::something is not implemented")
+
+    actcompile.reset()
+    monkeypatch.setattr(Sweep, "pull_back", refuse)
+    _, measured_profile = probed(task)
+    assert "derivative for aten::something" in caplog.text
+    assert {value.method for value in measured_profile.sensitivities.values()} == {"perturbed"}
+    totals = [sum(v.variance[4] for v in profile.sensitivities.values()) for profile in (known, measured_profile)]
+    assert 0.5 < totals[0] / totals[1] < 2
 
 
 def test_allocated_bits_beat_uniform_ones() -> None:

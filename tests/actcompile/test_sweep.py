@@ -71,13 +71,13 @@ def cotangents(sweep: Sweep, targets: list[fx.Node]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("count", [2, 3, 7, 1000])
 def test_segments_change_nothing(name: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_sweep, "_MAX_SEGMENTS", 1)
+    monkeypatch.setattr(_sweep, "_COUNTS", (1,))
     sweep, targets = sweep_of(FUNCTIONS[name])
     assert len(sweep.segments) == 1
     whole = cotangents(sweep, targets)
     assert len(whole) > 1
-    total = sum(map(_sweep._nbytes, sweep.nodes))
-    sweep.segments = _sweep._cut(sweep.nodes, sweep.leaves, total / count)
+    crossing = _sweep._crossing_nbytes(sweep.nodes, sweep.leaves)
+    sweep.segments = _sweep._cut(sweep.nodes, sweep.leaves, crossing, max(crossing), count)
     assert len(sweep.segments) > 1
     torch.testing.assert_close(cotangents(sweep, targets), whole)
     assert not sweep._kept
