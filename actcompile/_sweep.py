@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from ._attention import ATTENTION_BACKWARD, ATTENTION_FORWARD, attention_backward
 from .passes._fx import graph_outputs, hint, is_tensor
-from .passes._views import ALIAS_OPS
+from .passes._views import ALIAS_OPS, storage
 
 # Autograd functions of operators without a derivative.
 _OPAQUE = ("NotImplemented", "NotSupported")
@@ -202,7 +202,7 @@ def _split(nodes: Sequence[fx.Node], leaves: frozenset[fx.Node]) -> list[Segment
     for limit in sorted(set(crossing))[:: max(1, len(set(crossing)) // _LIMITS)]:
         for count in _COUNTS:
             segments = _cut(nodes, leaves, crossing, limit, count)
-            kept = {_storage(node) for segment in segments for node in segment.inputs if node not in leaves}
+            kept = {storage(node) for segment in segments for node in segment.inputs if node not in leaves}
             largest = max((sum(map(_new_nbytes, segment.nodes)) for segment in segments), default=0)
             cost = _AUTOGRAD_FACTOR * largest + sum(map(_nbytes, kept))
             if best is None or cost < best[0]:
@@ -217,7 +217,7 @@ def _crossing_nbytes(nodes: Sequence[fx.Node], leaves: frozenset[fx.Node]) -> li
     users: dict[fx.Node, list[int]] = {}
     for node in nodes:
         for source in node.all_input_nodes:
-            users.setdefault(_storage(source), []).append(position[node])
+            users.setdefault(storage(source), []).append(position[node])
     for node in nodes:
         readers = users.get(node)
         if readers and node not in leaves:
@@ -254,13 +254,6 @@ def _inputs(group: Sequence[fx.Node], leaves: frozenset[fx.Node]) -> tuple[fx.No
 
 def _nbytes(node: fx.Node) -> int:
     return hint(node.meta["val"].numel()) * node.meta["val"].element_size() if is_tensor(node) else 0
-
-
-def _storage(node: fx.Node) -> fx.Node:
-    """The node whose memory ``node`` lies in."""
-    while node.target in ALIAS_OPS and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return node
 
 
 def _new_nbytes(node: fx.Node) -> int:

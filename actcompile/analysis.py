@@ -15,7 +15,7 @@ from .passes._fx import (
     is_tensor,
 )
 from .passes._naming import module_path, operator_name, source_line
-from .passes._views import ALIAS_OPS, VALUE_PRESERVING_OPS, value_chain
+from .passes._views import VALUE_PRESERVING_OPS, storage, value_chain
 from .plan import Role, SavedTensor
 
 aten = torch.ops.aten
@@ -75,14 +75,14 @@ def analyze(pair: GraphPair) -> list[SavedTensor]:
     """One row per slot of ``pair``, in its order."""
     order = {node: position for position, node in enumerate(pair.backward.graph.nodes)}
     gradients = _reached_gradients(pair.backward.graph, order)
-    returned = {_storage(node) for node in pair.user_outputs if isinstance(node, fx.Node)}
+    returned = {storage(node) for node in pair.user_outputs if isinstance(node, fx.Node)}
     return [_describe(pair, slot, len(gradients[slot.placeholder]), returned) for slot in pair.slots]
 
 
 def _describe(pair: GraphPair, slot: Slot, num_gradients: int, returned: set[fx.Node]) -> SavedTensor:
     source, value = slot.source, slot.source.meta["val"]
     role = pair.roles[source] if source.op == "placeholder" else Role.ACTIVATION
-    root = _storage(source)
+    root = storage(source)
     if root.op == "placeholder" and root is not source:
         role = pair.roles[root]
     return SavedTensor(
@@ -225,13 +225,6 @@ _INDEX_RESULTS: dict[tuple[str, object], int] = {
     ("max", 1): 0,
     ("min", 1): 0,
 }
-
-
-def _storage(node: fx.Node) -> fx.Node:
-    """The node whose memory ``node`` is a view of, or ``node`` itself."""
-    while node.target in ALIAS_OPS and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return node
 
 
 def _reached_gradients(graph: fx.Graph, order: dict[fx.Node, int]) -> dict[fx.Node, frozenset[int]]:

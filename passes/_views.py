@@ -34,3 +34,10 @@ def value_chain(node: fx.Node) -> list[fx.Node]:
     while chain[-1].target in VALUE_PRESERVING_OPS and len(chain[-1].all_input_nodes) == 1:
         chain.extend(chain[-1].all_input_nodes)
     return chain
+
+
+def storage(node: fx.Node) -> fx.Node:
+    """The node whose memory ``node`` is a view of, or ``node`` itself."""
+    while node.target in ALIAS_OPS and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
