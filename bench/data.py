@@ -44,6 +44,10 @@ def real_batches(name: str, like: Batch, folder: Path) -> Iterator[Batch]:
 
 def _sentences(path: Path, batch: int, tokens: int) -> Iterator[Batch]:
     """Ids, attention masks and labels; sentences are padded to the same length."""
+    if not path.exists():
+        raise FileNotFoundError(
+            f"the data must hold glue/SST-2/train.tsv, got none at {str(path)!r}: name it by --data"
+        )
     rows = [line.split("\t") for line in path.read_text().splitlines()[1:]]
     counts = Counter(word for text, _ in rows for word in text.split())
     ranks = {word: rank for rank, (word, _) in enumerate(counts.most_common(BERT_VOCABULARY - _NUM_SPECIAL))}
@@ -61,7 +65,9 @@ def _images(folder: Path, batch: int) -> Iterator[Batch]:
     """Images fp32 ``[batch, 3, 32, 32]``, about in [-2, 2], and labels."""
     path = next(iter(sorted(folder.glob("*.npz"))), None)
     if path is None:
-        raise FileNotFoundError(f"the data folder must hold cifar10/*.npz, got none in {str(folder)!r}")
+        raise FileNotFoundError(
+            f"the data folder must hold cifar10/*.npz, got none in {str(folder)!r}: name it by --data"
+        )
     with np.load(path) as arrays:
         pixels, labels = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["y"]).long()
     images = (pixels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
