@@ -30,16 +30,21 @@ def profile_call(
     """The plan for ``model``, from one step on ``args`` and ``kwargs``.
 
     Raises:
-        ConfigError: When there is no loss to start from, or nothing to train.
+        ConfigError: When there is no loss to start from, nothing to train, or nothing to choose.
     """
     if not callable(model):
         raise ConfigError(f"model must be a torch.nn.Module or a function, got {type(model).__name__}")
+    probing = replace(config, auto=True, lowering="eager")
+    if not probing.automatic:
+        raise ConfigError(
+            f"config must leave bits to be chosen, got plan={config.plan!r}, bits={config.setting('bits')!r}: leave "
+            "the plan out and take bits from 1 to 8, memory or noise"
+        )
     modules = list(reachable_modules(model))
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     parameters = list({id(parameter): parameter for parameter in parameters}.values())
     if not parameters:
         raise ConfigError("model must have parameters that require gradients, got none: unfreeze what is trained")
-    probing = replace(config, auto=True, lowering="eager")
     options = {"config": probing, "inductor": random_settings(config.lowering)}
     with records.collected() as made, unchanged(modules), _same_state(modules), torch.enable_grad():
         output = isolated_compile(fresh(model), functools.partial(act, options=options))(*args, **kwargs)

@@ -20,8 +20,8 @@ from ._attention import ATTENTION_BACKWARD, ATTENTION_FORWARD, attention_backwar
 from .passes._fx import graph_outputs, hint, is_tensor
 from .passes._views import ALIAS_OPS, storage
 
-# Autograd functions of operators without a derivative.
-_OPAQUE = ("NotImplemented", "NotSupported")
+# Names of the autograd functions of operators without a derivative; those of prims only raise.
+_OPAQUE = ("NotImplemented", "GeneratedBackwardFor_prims")
 
 # Numbers of segments, and how many limits of what crosses between them, that are tried.
 _COUNTS = (1, 2, 4, 8, 16, 32, 64)

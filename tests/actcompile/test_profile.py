@@ -97,6 +97,11 @@ def test_memory_and_noise_are_targets() -> None:
 REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: actcompile.profile(nn.Linear(4, 4), torch.ones(2, 4)), "one number to differentiate, got Tensor"),
     (lambda: actcompile.profile(nn.ReLU(), torch.ones(2, 4)), "parameters that require gradients, got none"),
+    (lambda: actcompile.profile(nn.Linear(4, 4), config=Config(level="L0")), "leave bits to be chosen, got .*bits=32"),
+    (
+        lambda: actcompile.profile(nn.Linear(4, 4), config=Config(plan=Plan())),
+        r"leave bits to be chosen, got plan=Plan",
+    ),
     (lambda: actcompile.profile(3), "model must be a torch.nn.Module or a function, got int"),  # type: ignore[arg-type]
 ]
 

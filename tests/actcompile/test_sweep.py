@@ -121,3 +121,11 @@ def test_operators_without_a_derivative_are_opaque(monkeypatch: pytest.MonkeyPat
     assert sweep.behind_opaque() and sweep.behind_opaque() < sweep.leaves
     # What the gradient depends on in another way too is found as far as that goes.
     assert set(found) <= {node.name for node in sweep.leaves}
+
+
+def test_what_is_opaque() -> None:
+    x = torch.ones(1, 1, 4, 4, requires_grad=True)
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    assert _sweep._is_opaque(backward(x, x, x, x, x, torch.ones(1, 1, 4), 0.0, False))
+    assert _sweep._is_opaque(torch.ops.prims.erfc.default(x))
+    assert not _sweep._is_opaque(x * 2) and not _sweep._is_opaque((x.detach(), None))
