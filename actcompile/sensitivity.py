@@ -26,8 +26,9 @@ from ._sweep import Sweep
 from .config import CODE_BITS
 from .passes._fx import ROW_KEY, graph_outputs
 from .plan import Profile, Role, Sensitivity
+from .triton_kernels._chunked import rounding_variance
 from .triton_kernels._layout import from_storage_order, to_storage_order
-from .triton_kernels.quantize import group, rounding_variance
+from .triton_kernels.quantize import group
 
 log = logging.getLogger(__name__)
 

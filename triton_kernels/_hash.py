@@ -44,7 +44,7 @@ def shift_right(value: Tensor, distance: int) -> Tensor:
     return (value >> distance) & ((1 << (32 - distance)) - 1)
 
 
-def noise(key: Tensor, shape: Sequence[int], columns: slice) -> Tensor:
+def noise(key: Tensor, shape: Sequence[int], columns: slice, first_group: int = 0) -> Tensor:
     """Uniform integers in [0, 2**FRACTION_BITS) as int32 [num_groups, columns].
 
     Args:
@@ -52,8 +52,9 @@ def noise(key: Tensor, shape: Sequence[int], columns: slice) -> Tensor:
         shape: (num_groups, group_size); element (g, r) has the index g * group_size + r. The group size is a power of
             two, so that an index's high half is the same for a whole group.
         columns: The range of r.
+        first_group: The g of the first row.
     """
-    start = torch.arange(shape[0], device=key.device).unsqueeze(1) * shape[1]
+    start = torch.arange(first_group, first_group + shape[0], device=key.device).unsqueeze(1) * shape[1]
     column = torch.arange(columns.start, columns.stop, dtype=torch.int32, device=key.device)
     high = (start >> 32).to(torch.int32) * INDEX_HIGH_MULTIPLIER
     h = ((start.to(torch.int32) + column) ^ (key.to(torch.int32) ^ high)) * MULTIPLIERS[0]

@@ -88,8 +88,11 @@ def group(flat: Tensor, group_size: int) -> Tensor:
     return flat.view(-1, group_size)
 
 
-def encode_groups(groups: Tensor, bits: int, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The formula for [num_groups, group_size]; compiled as it stands for the CPU."""
+def encode_groups(groups: Tensor, bits: int, key: Tensor, first_group: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """The formula for [num_groups, group_size], the first of them the ``first_group``-th of its tensor.
+
+    Compiled as it stands for the CPU.
+    """
     levels = 2**bits - 1
     values = groups.float()
     low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
@@ -111,7 +114,7 @@ def encode_groups(groups: Tensor, bits: int, key: Tensor) -> tuple[Tensor, Tenso
         columns = slice(part * width, (part + 1) * width)
         position = ((values[:, columns] * 0.5 - origin) * inverse).clamp(max=levels)
         fixed = (position * float(2**FRACTION_BITS)).to(torch.int32)
-        rounded = (fixed + noise(key, groups.shape, columns)) >> FRACTION_BITS
+        rounded = (fixed + noise(key, groups.shape, columns, first_group)) >> FRACTION_BITS
         # What a non-finite position converts to differs between machines: such groups get the code 0 throughout.
         codes.append(rounded & mask)
 
@@ -148,42 +151,32 @@ def dequantize_reference(
 ) -> Tensor:
     """Inverse of ``quantize_reference``: a tensor of ``shape``, ``stride`` and ``dtype``."""
     check_arguments(dtype, bits, group_size)
-    code = unpack_planes(codes, bits, group_size)
-    value = zero.float().unsqueeze(1) + scale.float().unsqueeze(1) * code.float()
+    value = decode_groups(split_planes(codes, bits, group_size), scale, zero, bits, group_size)
     return from_storage_order(value.to(dtype).view(-1)[: math.prod(shape)], shape, stride)
 
 
-def rounding_variance(x: Tensor, widths: Sequence[int], group_size: int) -> Tensor:
-    """Variance of one element's rounding noise, the mean over each group, for codes of each of ``widths`` bits.
-
-    That the stored scale is rounded up, by less than 1%, is left out.
-
-    Returns:
-        float32 [num_groups, len(widths)], 0 for groups that hold inf or nan.
-    """
-    values = group(to_storage_order(x), group_size).float()
-    low = values.amin(1, keepdim=True)
-    spread = values.amax(1, keepdim=True) - low
-    columns = []
-    for bits in widths:
-        scale = (spread / (2**bits - 1)).clamp(min=MIN_SCALE)
-        fraction = ((values - low) / scale).frac_()
-        columns.append((fraction * (1 - fraction)).mean(1) * scale.square().squeeze(1))
-    return torch.stack(columns, 1).nan_to_num_(0.0, 0.0, 0.0)
+def decode_groups(planes: Sequence[Tensor], scale: Tensor, zero: Tensor, bits: int, group_size: int) -> Tensor:
+    """The inverse of the formula: planes, uint8 [num_groups, bytes], to float32 [num_groups, group_size]."""
+    code = unpack_planes(planes, bits, group_size)
+    return zero.float().unsqueeze(1) + scale.float().unsqueeze(1) * code.float()
 
 
-def unpack_planes(codes: Tensor, bits: int, group_size: int) -> Tensor:
-    """uint8 planes -> int32 codes [num_groups, group_size]."""
+def split_planes(codes: Tensor, bits: int, group_size: int) -> list[Tensor]:
+    """Codes -> one uint8 [num_groups, bytes] per plane, views."""
     groups = codes.numel() * 8 // (bits * group_size)
+    sizes = [groups * group_size * width // 8 for width in PLANES[bits]]
+    return [plane.view(groups, size // max(groups, 1)) for plane, size in zip(codes.split(sizes), sizes, strict=True)]
+
+
+def unpack_planes(planes: Sequence[Tensor], bits: int, group_size: int) -> Tensor:
+    """uint8 planes [num_groups, bytes] -> int32 codes [num_groups, group_size]."""
     code: Tensor | None = None
-    start = offset = 0
-    for width in PLANES[bits]:
-        nbytes = groups * group_size * width // 8
-        plane = codes[start : start + nbytes].view(groups, 1, group_size * width // 8).to(torch.int32)
-        shifts = torch.arange(0, 8, width, dtype=torch.int32, device=codes.device).view(1, -1, 1)
-        field = ((plane >> shifts) & (2**width - 1)).view(groups, group_size) << offset
+    offset = 0
+    for plane, width in zip(planes, PLANES[bits], strict=True):
+        shifts = torch.arange(0, 8, width, dtype=torch.int32, device=plane.device).view(1, -1, 1)
+        field = ((plane.to(torch.int32).unsqueeze(1) >> shifts) & (2**width - 1)).reshape(-1, group_size) << offset
         code = field if code is None else code | field
-        start, offset = start + nbytes, offset + width
+        offset += width
     assert code is not None
     return code
 
@@ -204,7 +197,9 @@ def check_arguments(dtype: torch.dtype, bits: int, group_size: int) -> None:
 )
 def quantize(x: Tensor, bits: int, group_size: int, seed: Tensor, salt: int) -> tuple[Tensor, Tensor, Tensor]:
     """``quantize_reference`` as an operator."""
-    return quantize_reference(x, bits, group_size, seed, salt)
+    from ._chunked import quantize_in_chunks
+
+    return quantize_in_chunks(x, bits, group_size, seed, salt)
 
 
 @quantize.register_fake
@@ -236,7 +231,9 @@ def dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """``dequantize_reference`` as an operator."""
-    return dequantize_reference(codes, scale, zero, bits, group_size, shape, stride, dtype)
+    from ._chunked import dequantize_in_chunks
+
+    return dequantize_in_chunks(codes, scale, zero, bits, group_size, shape, stride, dtype)
 
 
 @dequantize.register_fake

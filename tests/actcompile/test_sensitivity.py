@@ -10,7 +10,7 @@ import actcompile
 from actcompile import Plan, records
 from actcompile._sweep import Sweep
 from actcompile.plan import Action, Decision, Profile, SavedTensor
-from actcompile.triton_kernels.quantize import rounding_variance
+from actcompile.triton_kernels._chunked import rounding_variance
 
 from ..models import Task, bert, gpt, resnet
 

@@ -20,6 +20,7 @@ from actcompile.triton_kernels.quantize import (
     quantize,
     quantize_reference,
     quantized_nbytes,
+    split_planes,
     unpack_planes,
 )
 
@@ -46,7 +47,9 @@ def round_trip(x: Tensor, bits: int, group_size: int = 256, step: int = 0) -> Te
 
 def decoded_codes(x: Tensor, bits: int, group_size: int = 32, step: int = 0) -> Tensor:
     """The code of every element, [num_groups, group_size]."""
-    return unpack_planes(quantize_reference(x, bits, group_size, seed(step), SALT)[0], bits, group_size)
+    return unpack_planes(
+        split_planes(quantize_reference(x, bits, group_size, seed(step), SALT)[0], bits, group_size), bits, group_size
+    )
 
 
 # Layout
@@ -81,7 +84,7 @@ def test_planes_by_hand(bits: int, expected: list[int]) -> None:
     codes = (torch.arange(32, dtype=torch.int32) % 2**bits).view(1, 32)
     packed = pack_planes(list(codes.chunk(parts, 1)), bits)
     assert packed.tolist() == expected
-    assert torch.equal(unpack_planes(packed, bits, 32), codes)
+    assert torch.equal(unpack_planes(split_planes(packed, bits, 32), bits, 32), codes)
 
 
 @ALL_BITS
@@ -89,7 +92,7 @@ def test_planes_of_several_groups(bits: int) -> None:
     codes = torch.randint(2**bits, (5, 64), generator=torch.Generator().manual_seed(bits)).to(torch.int32)
     packed = pack_planes(list(codes.chunk(8 // min(PLANES[bits]), 1)), bits)
     assert packed.numel() == 5 * 64 * bits // 8
-    assert torch.equal(unpack_planes(packed, bits, 64), codes)
+    assert torch.equal(unpack_planes(split_planes(packed, bits, 64), bits, 64), codes)
 
 
 @ALL_DTYPES
@@ -212,7 +215,7 @@ def test_a_broken_group_poisons_only_itself(values: list[float], bits: int, dtyp
     broken[1, 17 : 17 + len(values)] = torch.tensor(values, dtype=dtype)
     codes, scale, zero = quantize_reference(broken, bits, 256, seed(), SALT)
     assert scale.isnan().tolist() == zero.isnan().tolist() == [False, True, False, False]
-    assert not unpack_planes(codes, bits, 256)[1].any()
+    assert not unpack_planes(split_planes(codes, bits, 256), bits, 256)[1].any()
     decoded, expected = round_trip(broken, bits), round_trip(x, bits)
     expected[1] = torch.nan
     assert_same_bits(decoded, expected)

@@ -1,0 +1,74 @@
+"""Eager bodies of the codecs, a few groups at a time: their steps take many times the bytes of what they read."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._hash import mix_seed
+from ._layout import from_storage_order, to_storage_order
+from .quantize import MIN_SCALE, check_arguments, decode_groups, encode_groups, group, split_planes
+
+CHUNK_NUMEL = 2**18
+
+
+def quantize_in_chunks(x: Tensor, bits: int, group_size: int, seed: Tensor, salt: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``quantize_reference`` on a few groups at a time: the same bits, with less memory."""
+    check_arguments(x.dtype, bits, group_size)
+    groups, key = group(to_storage_order(x), group_size), seed ^ mix_seed(salt)
+    parts = [encode_groups(groups[rows], bits, key, rows.start) for rows in _chunks(*groups.shape)]
+    if len(parts) == 1:
+        return parts[0]
+    planes = zip(*(split_planes(codes, bits, group_size) for codes, _, _ in parts), strict=True)
+    codes = torch.cat([part.view(-1) for plane in planes for part in plane])
+    return codes, torch.cat([scale for _, scale, _ in parts]), torch.cat([zero for _, _, zero in parts])
+
+
+def dequantize_in_chunks(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bits: int,
+    group_size: int,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """``dequantize_reference`` on a few groups at a time: the same bits, with less memory."""
+    check_arguments(dtype, bits, group_size)
+    planes = split_planes(codes, bits, group_size)
+    flat = torch.empty(scale.numel(), group_size, dtype=dtype, device=codes.device)
+    for rows in _chunks(*flat.shape):
+        flat[rows] = decode_groups([plane[rows] for plane in planes], scale[rows], zero[rows], bits, group_size)
+    return from_storage_order(flat.view(-1)[: math.prod(shape)], shape, stride)
+
+
+def rounding_variance(x: Tensor, widths: Sequence[int], group_size: int) -> Tensor:
+    """Variance of one element's rounding noise, the mean over each group, for codes of each of ``widths`` bits.
+
+    That the stored scale is rounded up, by less than 1%, is left out.
+
+    Returns:
+        float32 [num_groups, len(widths)], 0 for groups that hold inf or nan.
+    """
+    groups = group(to_storage_order(x), group_size)
+    parts = [_rounding_variance(groups[rows].float(), widths) for rows in _chunks(*groups.shape)]
+    return torch.cat(parts).nan_to_num_(0.0, 0.0, 0.0)
+
+
+def _rounding_variance(values: Tensor, widths: Sequence[int]) -> Tensor:
+    low = values.amin(1, keepdim=True)
+    spread = values.amax(1, keepdim=True) - low
+    columns = []
+    for bits in widths:
+        scale = (spread / (2**bits - 1)).clamp(min=MIN_SCALE)
+        fraction = ((values - low) / scale).frac_()
+        columns.append((fraction * (1 - fraction)).mean(1) * scale.square().squeeze(1))
+    return torch.stack(columns, 1)
+
+
+def _chunks(groups: int, group_size: int) -> list[slice]:
+    """Ranges of groups, one at least."""
+    step = max(1, CHUNK_NUMEL // group_size)
+    return [slice(start, min(groups, start + step)) for start in range(0, max(groups, 1), step)]
