@@ -6,10 +6,11 @@ first, runs again under autograd, from what was kept, and hands the cotangents o
 Operators that autograd cannot differentiate are opaque: nothing passes through them, and what they read is named.
 """
 
+import functools
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, fx
 from ._attention import ATTENTION_BACKWARD, ATTENTION_FORWARD, attention_backward
 from .passes._fx import graph_outputs, hint, is_tensor
 from .passes._views import ALIAS_OPS, storage
+from .passes.place_codecs import DECODERS
 
 # Names of the autograd functions of operators without a derivative; those of prims only raise.
 _OPAQUE = ("NotImplemented", "GeneratedBackwardFor_prims")
@@ -43,23 +45,38 @@ class Segment:
         return frozenset(self.nodes)
 
 
-@dataclass
 class Sweep:
-    """A backward graph with the arguments of one call.
+    """A backward graph that is differentiated by the nodes ``leaves``, which every segment that reads them reads anew.
 
-    ``leaves`` are the nodes to differentiate by; they are computed anew in each segment that reads them.
+    ``readers`` says how, and how to read what else is stored in codes; the first run notes their operators and
+    arguments where they are not given.
     """
 
-    graph: fx.Graph
-    arguments: Mapping[fx.Node, Any]
-    leaves: frozenset[fx.Node]
-    opaque: set[fx.Node] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        self.nodes = _ordered(self.graph)
-        self.dependent = _dependent(self.nodes, self.leaves)
-        self.segments = _split(self.nodes, self.leaves)
+    def __init__(self, graph: fx.Graph, leaves: frozenset[fx.Node]) -> None:
+        self.graph = graph
+        self.leaves = leaves
+        self.opaque: set[fx.Node] = set()
+        self.readers: dict[fx.Node, functools.partial[Tensor]] = {}
+        self.nodes = _ordered(graph)
+        self.dependent = _dependent(self.nodes, leaves)
+        self._arguments: Mapping[fx.Node, Any] = {}
         self._kept: dict[fx.Node, Any] = {}
+
+    @cached_property
+    def segments(self) -> list[Segment]:
+        """The graph in pieces."""
+        return _split(self.nodes, self.leaves)
+
+    @property
+    def nbytes(self) -> float:
+        """About what ``run_and_keep`` and ``pull_back`` take."""
+        return _cost(self.segments, self.leaves)
+
+    def feed(
+        self, arguments: Mapping[fx.Node, Any], readers: Mapping[fx.Node, "functools.partial[Tensor]"] | None = None
+    ) -> None:
+        """Takes the arguments of one call."""
+        self._arguments, self.readers = arguments, dict(readers or {})
 
     def run(self, change: Mapping[fx.Node, Callable[[Tensor], Tensor]] | None = None) -> list[Any]:
         """The results of the graph, with the values of some leaves changed; keeps nothing."""
@@ -74,9 +91,12 @@ class Sweep:
     def _run(self, kept: frozenset[fx.Node], change: Mapping[fx.Node, Callable[[Tensor], Tensor]]) -> list[Any]:
         output = self.graph.output_node()
         last_use = {source: node for node in [*self.nodes, output] for source in node.all_input_nodes}
-        values: dict[fx.Node, Any] = dict(self.arguments)
+        values: dict[fx.Node, Any] = dict(self._arguments)
         for node in self.nodes:
-            values[node] = _call(node, values)
+            if (node in self.leaves or node.target in DECODERS) and node not in self.readers:
+                args = fx.node.map_arg(node.args, values.__getitem__)
+                self.readers[node] = functools.partial(node.target, *args)  # type: ignore[arg-type, operator, misc]
+            values[node] = self._value(node, values)
             if node in change:
                 values[node] = change[node](values[node])
             if node in kept:
@@ -85,6 +105,9 @@ class Sweep:
                 if last_use.get(used, node) is node:
                     values.pop(used, None)
         return [values[node] if isinstance(node, fx.Node) else node for node in graph_outputs(self.graph)]
+
+    def _value(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        return self.readers[node]() if node in self.readers else _call(node, values)
 
     @torch.no_grad()
     def pull_back(
@@ -132,17 +155,17 @@ class Sweep:
 
     def _forward(self, segment: Segment) -> tuple[dict[fx.Node, Any], dict[fx.Node, Tensor]]:
         """Values of a segment under autograd, and its sources: leaves, and inputs that depend on them."""
-        values: dict[fx.Node, Any] = dict(self.arguments)
+        values: dict[fx.Node, Any] = dict(self._arguments)
         sources: dict[fx.Node, Tensor] = {}
         for node in (*segment.inputs, *segment.nodes):
             if node in self.leaves or node not in segment.inside:
-                value = _call(node, values) if node in self.leaves else self._kept[node]
+                value = self.readers[node]() if node in self.leaves else self._kept[node]
                 if node in self.dependent and isinstance(value, Tensor) and value.is_floating_point():
                     value = sources[node] = value.detach().requires_grad_()
                 values[node] = value
                 continue
             with torch.set_grad_enabled(node in self.dependent):
-                values[node] = _call(node, values)
+                values[node] = self._value(node, values)
             if _is_opaque(values[node]):
                 self.opaque.add(node)
                 values[node] = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, values[node])
@@ -202,12 +225,17 @@ def _split(nodes: Sequence[fx.Node], leaves: frozenset[fx.Node]) -> list[Segment
     for limit in sorted(set(crossing))[:: max(1, len(set(crossing)) // _LIMITS)]:
         for count in _COUNTS:
             segments = _cut(nodes, leaves, crossing, limit, count)
-            kept = {storage(node) for segment in segments for node in segment.inputs if node not in leaves}
-            largest = max((sum(map(_new_nbytes, segment.nodes)) for segment in segments), default=0)
-            cost = _AUTOGRAD_FACTOR * largest + sum(map(_nbytes, kept))
+            cost = _cost(segments, leaves)
             if best is None or cost < best[0]:
                 best = cost, segments
     return [] if best is None else best[1]
+
+
+def _cost(segments: Sequence[Segment], leaves: frozenset[fx.Node]) -> float:
+    """About the bytes of what is kept between segments and of the largest of them under autograd."""
+    kept = {storage(node) for segment in segments for node in segment.inputs if node not in leaves}
+    largest = max((sum(map(_new_nbytes, segment.nodes)) for segment in segments), default=0)
+    return _AUTOGRAD_FACTOR * largest + sum(map(_nbytes, kept))
 
 
 def _crossing_nbytes(nodes: Sequence[fx.Node], leaves: frozenset[fx.Node]) -> list[int]:
@@ -243,13 +271,11 @@ def _cut(
 
 
 def _inputs(group: Sequence[fx.Node], leaves: frozenset[fx.Node]) -> tuple[fx.Node, ...]:
-    """What ``group`` reads from before, and what the leaves among that are computed from, in order."""
-    inside, found = set(group), dict[fx.Node, None]()
-    for read in (source for node in group for source in node.all_input_nodes):
-        for node in (*(read.all_input_nodes if read in leaves else ()), read):
-            if node.op != "placeholder" and node not in inside:
-                found[node] = None
-    return tuple(found)
+    """What ``group`` reads from before, in order."""
+    inside = set(group)
+    reading = (node for node in group if node not in leaves)
+    read = (source for node in reading for source in node.all_input_nodes)
+    return tuple(dict.fromkeys(node for node in read if node.op != "placeholder" and node not in inside))
 
 
 def _nbytes(node: fx.Node) -> int:

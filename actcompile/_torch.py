@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import FunctionType
@@ -43,6 +44,7 @@ __all__ = [
     "isolated_compile",
     "mode_options",
     "own_code",
+    "quiet_fake_tensors",
     "random_settings",
     "reentrant_tracing",
     "traced_inputs",
@@ -153,6 +155,17 @@ def interpret_plainly(graph: fx.GraphModule, is_backward: bool) -> Callable[[lis
 def fake_mode_for(values: Sequence[Any]) -> FakeTensorMode:
     """A mode under which no operator computes: that of ``values`` if they are fake already, else a new one."""
     return torch._guards.detect_fake_mode(list(values)) or FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def quiet_fake_tensors() -> Iterator[None]:
+    """Keeps torch from logging what operators raise on fake tensors that do not fit together."""
+    logger = logging.getLogger(FakeTensorMode.__module__)
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
 
 
 def own_code(function: FunctionType) -> FunctionType:

@@ -52,6 +52,9 @@ class GraphRecord:
         """Fills in what the partitioner found."""
         self.rows, self.plan = list(rows), plan
         self.timeline = step_timeline(pair.forward.graph, pair.backward.graph)
+        if self.probe is not None and self.probe.profile is None:
+            stored = sum(stored_nbytes(row, plan[row.key]) for row in rows if row.role is Role.ACTIVATION)
+            self.probe.see(pair, self.timeline.peak_nbytes - stored)
 
     def see_parameters(self, args: Sequence[Any]) -> None:
         """Remembers, at the first call, whose parameters the graph works on."""

@@ -7,33 +7,46 @@ tensors at once, and E[u_i^2] = |dg/dx_i|^2. V_i depends on the bits and on wher
 over each group is noted for every width while the forward encodes. One draw of v predicts the noise at every width.
 
     forward     interpreted; of each group that is encoded, the variance of its rounding noise at every width
-    backward    interpreted; then the product, in segments (_sweep.py), on the decoded tensors
+    backward    interpreted; then, on the codes, the product for a few samples at a time, each time with a v of its own
+                (_batch.py, _slices.py), in segments (_sweep.py)
     opaque      what only reaches the gradient through an operator without a derivative is measured instead: the
-                backward runs once more with noise in that tensor alone
+                backward runs once more with noise in that tensor alone (_measure.py)
+
+A gradient is a sum over samples, and so is the variance that noise adds to it: some samples stand for all. Where
+samples cannot be told apart, the product takes the whole batch at once.
 
 Source: GACT, section 4, whose rule needs three training steps per tensor; the product through the backward graph is
 this project's.
 """
 
+import functools
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from ._batch import find_batch
+from ._measure import Rounding, measure
+from ._slices import Layout, Part, SlicedBackward, cut, decode, group_ids, slice_backward
 from ._sweep import Sweep
 from .config import CODE_BITS
-from .passes._fx import ROW_KEY, graph_outputs
+from .passes._fx import ROW_KEY, GraphPair, graph_outputs
 from .plan import Profile, Role, Sensitivity
 from .triton_kernels._chunked import rounding_variance
-from .triton_kernels._layout import from_storage_order, to_storage_order
-from .triton_kernels.quantize import group
+from .triton_kernels._hash import mix_seed
 
 log = logging.getLogger(__name__)
 
 quantize = torch.ops.actcompile.quantize.default
 dequantize = torch.ops.actcompile.dequantize.default
+
+# Share of what the operators of a graph take, one by one, that is left after compiled code has fused them.
+_FUSED = 0.5
+# Share of the batch that is probed: beside the backward itself, a product takes as long as 2.6 more of its samples.
+_SHARE = 0.75
 
 
 class Probe:
@@ -49,6 +62,12 @@ class Probe:
         self._roles = roles
         self._seed = seed
         self._rounding: dict[str, Tensor] = {}
+        self._pair: GraphPair | None = None
+        self._nbytes = 0
+
+    def see(self, pair: GraphPair, nbytes: int) -> None:
+        """Takes the pair that will be interpreted, and the bytes that its operators take beside what is stored."""
+        self._pair, self._nbytes = pair, nbytes
 
     def interpret(self, graph: fx.GraphModule, is_backward: bool) -> Callable[[list[Any]], Any]:
         """What is called in place of one of the two graphs, with its arguments in a list that it empties."""
@@ -68,69 +87,99 @@ class Probe:
     def _backward(self, graph: fx.GraphModule, args: list[Any]) -> Any:
         arguments = dict(zip(graph.graph.find_nodes(op="placeholder"), args, strict=True))
         args.clear()
-        decoders = {node: node.meta[ROW_KEY] for node in graph.graph.nodes if node.target is dequantize}
-        sweep = Sweep(graph.graph, arguments, frozenset(decoders))
-        results = sweep.run_and_keep()
-        targets = self._targets(graph.graph, results)
-        found = _Squares(decoders, self._rounding)
-
-        def draw(node: fx.Node, value: Tensor) -> Tensor:
-            generator = torch.Generator(value.device).manual_seed(self._seed + targets[node])
-            return torch.randn(value.shape, generator=generator, device=value.device).to(value.dtype)
-
-        try:
-            sweep.pull_back(targets, draw, found.see)
-            unknown = {decoders[node] for node in sweep.behind_opaque()}
-        except RuntimeError as error:
-            log.warning("sensitivities are measured one by one, autograd refuses the backward graph: %s", error)
-            unknown = set(decoders.values())
-        sensitivities = found.sensitivities()
-        gradients = {node: results[position] for node, position in targets.items()}
-        for key in unknown:
-            sensitivities[key] = self._measured(sweep, key, decoders, gradients)
-        self.profile = Profile(sensitivities, sum(float(g.float().square().sum()) for g in gradients.values()))
+        whole = _sweep_of(graph.graph)
+        whole.feed(arguments)
+        sliced = self._sliced(whole)
+        results = whole.run_and_keep() if sliced is None else whole.run()
+        counted = self._counted(graph.graph, results)
+        square = sum(float(results[position].float().square().sum()) for position in counted)
+        if sliced is None:
+            sensitivities = self._measure(whole, counted, _readers(whole), None, 0)
+        else:
+            sensitivities = self._sum_over_parts(sliced, whole, arguments, counted)
+        self.profile = Profile(sensitivities, square)
         self._rounding.clear()
+        self._pair = None
         return results
 
-    def _targets(self, graph: fx.Graph, results: Sequence[Any]) -> dict[fx.Node, int]:
-        """Gradients of parameters and of what earlier graphs computed, with their positions among the results."""
-        counted = (Role.PARAMETER, Role.BOUNDARY)
-        return {
-            node: position
+    def _counted(self, graph: fx.Graph, results: Sequence[Any]) -> list[int]:
+        """Positions among the results of gradients of parameters and of what earlier graphs computed."""
+        return [
+            position
             for position, (node, role) in enumerate(zip(graph_outputs(graph), self._roles, strict=False))
-            if isinstance(node, fx.Node) and role in counted and isinstance(results[position], Tensor)
+            if isinstance(node, fx.Node)
+            and role in (Role.PARAMETER, Role.BOUNDARY)
+            and isinstance(results[position], Tensor)
+        ]
+
+    def _sliced(self, whole: Sweep) -> SlicedBackward | None:
+        """The backward of so few samples that the product takes no more bytes than it may; None for all at once."""
+        batch = None if self._pair is None else find_batch(self._pair)
+        if self._pair is None or batch is None or not all(leaf.name in batch[1] for leaf in whole.leaves):
+            log.info("sensitivities are measured on the whole batch at once: its samples cannot be told apart")
+            return None
+        size, dims = batch
+        counts = [count for count in range(1, size + 1) if size % count == 0]
+        count = next((count for count in counts if whole.nbytes / count <= _FUSED * self._nbytes), size)
+        return None if count == 1 else slice_backward(self._pair, size, dims, count)
+
+    def _sum_over_parts(
+        self, sliced: SlicedBackward, whole: Sweep, arguments: Mapping[fx.Node, Any], counted: Sequence[int]
+    ) -> dict[str, Sensitivity]:
+        """Sensitivities over the samples of the first parts of the batch, scaled to all of them."""
+        sweep, given = _sweep_of(sliced.graph), {node.name: value for node, value in arguments.items()}
+        readers, dims = _readers(whole), sliced.dims
+        length = sliced.size // sliced.count
+        num_parts = max(1, round(_SHARE * sliced.count))
+        sums: dict[str, Counter[int]] = {}
+        methods: dict[str, str] = {}
+        for index in range(num_parts):
+            part = Part(index * length, length, sliced.size)
+            placeholders = {node: given[node.name] for node in sliced.graph.find_nodes(op="placeholder")}
+            values = {n: cut(v, dims[n.name], part) if n.name in dims else v for n, v in placeholders.items()}
+            decoders = {node: readers[node.name] for node in sweep.nodes if node.name in readers}
+            sweep.feed(
+                values,
+                {n: functools.partial(decode, r.func, r.args, dims[n.name], part) for n, r in decoders.items()},
+            )
+            sweep.run_and_keep()
+            found = self._measure(sweep, counted, readers, part, index, dims)
+            for key, value in found.items():
+                sums.setdefault(key, Counter()).update(value.variance)  # type: ignore[arg-type]
+                methods[key] = value.method
+        scale = sliced.count / num_parts
+        return {
+            key: Sensitivity({bits: scale * total[bits] for bits in CODE_BITS}, methods[key])
+            for key, total in sums.items()
         }
 
-    def _measured(
-        self, sweep: Sweep, key: str, decoders: Mapping[fx.Node, str], exact: Mapping[fx.Node, Tensor]
-    ) -> Sensitivity:
-        """From the change of the gradient by noise in one tensor, as large as that of its codes in training."""
-        bits, group_size = next(_format(node) for node, name in decoders.items() if name == key)
-        rounding = self._rounding[key].float()
-        variance = rounding[:, CODE_BITS.index(bits)]
-
-        def add_noise(value: Tensor) -> Tensor:
-            flat = to_storage_order(value)
-            generator = torch.Generator(value.device).manual_seed(self._seed)
-            noise = torch.randn(flat.shape, generator=generator, device=flat.device)
-            noise *= variance.sqrt().repeat_interleave(group_size)[: flat.numel()]
-            return torch.empty_like(value).copy_(
-                from_storage_order(flat + noise.to(flat.dtype), value.shape, value.stride())
-            )
-
-        noisy = sweep.run({node: add_noise for node, name in decoders.items() if name == key})
-        positions = {node: position for position, node in enumerate(graph_outputs(sweep.graph))}
-        change = sum(float((noisy[positions[n]] - g).float().square().sum()) for n, g in exact.items())
-        per_unit = change / max(float(variance.sum()), torch.finfo(torch.float32).tiny)
-        totals = rounding.sum(0).tolist()
-        return Sensitivity({b: per_unit * t for b, t in zip(CODE_BITS, totals, strict=True)}, "perturbed")
+    def _measure(
+        self,
+        sweep: Sweep,
+        counted: Sequence[int],
+        readers: Mapping[str, "functools.partial[Tensor]"],
+        part: Part | None,
+        index: int,
+        dims: Mapping[str, int] | None = None,
+    ) -> dict[str, Sensitivity]:
+        outputs = graph_outputs(sweep.graph)
+        keys = {leaf: leaf.meta[ROW_KEY] for leaf in sweep.leaves}
+        roundings = {}
+        for leaf, key in keys.items():
+            _, _, _, bits, group_size, shape, stride, _ = readers[leaf.name].args
+            layout, dim = Layout(tuple(shape), tuple(stride)), None if dims is None else dims[leaf.name]
+            ids = functools.partial(group_ids, layout, group_size, dim, part)
+            roundings[key] = Rounding(self._rounding[key], bits, ids)
+        targets = {outputs[position]: position for position in counted}
+        return measure(sweep, targets, keys, roundings, mix_seed(self._seed, index))
 
 
-def _format(decoder: fx.Node) -> tuple[int, int]:
-    """Bits and group size."""
-    _, _, _, bits, group_size, *_ = decoder.args
-    assert isinstance(bits, int) and isinstance(group_size, int)
-    return bits, group_size
+def _sweep_of(graph: fx.Graph) -> Sweep:
+    return Sweep(graph, frozenset(graph.find_nodes(op="call_function", target=dequantize)))
+
+
+def _readers(sweep: Sweep) -> dict[str, "functools.partial[Tensor]"]:
+    return {node.name: reader for node, reader in sweep.readers.items()}
 
 
 class _RoundingNoted(fx.Interpreter):
@@ -146,44 +195,3 @@ class _RoundingNoted(fx.Interpreter):
             # bf16: the sum over many groups is what counts.
             self._rounding[n.meta[ROW_KEY]] = rounding_variance(args[0], CODE_BITS, args[2]).bfloat16()
         return super().run_node(n)
-
-
-class _Squares:
-    """Sums the squares of cotangents over groups, weighted with their rounding noise."""
-
-    def __init__(self, decoders: Mapping[fx.Node, str], rounding: Mapping[str, Tensor]) -> None:
-        self._decoders = decoders
-        self._rounding = rounding
-        self._group_sizes = {key: _format(node)[1] for node, key in decoders.items()}
-        self._pending = {key: list(decoders.values()).count(key) for key in decoders.values()}
-        self._sums: dict[str, Tensor] = {}
-        self._variances: dict[str, list[float]] = {}
-
-    def see(self, node: fx.Node, cotangent: Tensor) -> None:
-        """Takes one decoding's cotangent; a tensor that is decoded twice has their sum."""
-        key = self._decoders[node]
-        self._sums[key] = self._sums[key] + cotangent if key in self._sums else cotangent
-        self._pending[key] -= 1
-        if self._pending[key] == 0:
-            self._finish(key)
-
-    def sensitivities(self) -> dict[str, Sensitivity]:
-        """Of every tensor; what no cotangent reached has none."""
-        for key in list(self._sums):
-            self._finish(key)
-        nothing = [0.0] * len(CODE_BITS)
-        return {
-            key: Sensitivity(dict(zip(CODE_BITS, self._variances.get(key, nothing), strict=True)), "probed")
-            for key in self._pending
-        }
-
-    def _finish(self, key: str) -> None:
-        rounding = self._rounding[key].float()
-        flat = to_storage_order(self._sums.pop(key)).float()
-        group_size = self._group_sizes[key]
-        squares = group(flat, group_size).square().sum(1)
-        missing = -flat.numel() % group_size
-        if missing:
-            # The last group was filled up with copies of its last element.
-            squares[-1] -= missing * flat[-1].square()
-        self._variances[key] = (squares @ rounding).tolist()

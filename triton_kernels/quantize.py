@@ -165,7 +165,9 @@ def split_planes(codes: Tensor, bits: int, group_size: int) -> list[Tensor]:
     """Codes -> one uint8 [num_groups, bytes] per plane, views."""
     groups = codes.numel() * 8 // (bits * group_size)
     sizes = [groups * group_size * width // 8 for width in PLANES[bits]]
-    return [plane.view(groups, size // max(groups, 1)) for plane, size in zip(codes.split(sizes), sizes, strict=True)]
+    return [
+        plane.view(groups, size // max(groups, 1)) for plane, size in zip(torch.split(codes, sizes), sizes, strict=True)
+    ]
 
 
 def unpack_planes(planes: Sequence[Tensor], bits: int, group_size: int) -> Tensor:

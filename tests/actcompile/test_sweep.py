@@ -53,7 +53,9 @@ def sweep_of(function: Callable[[Tensor, Tensor], Tensor]) -> tuple[Sweep, list[
     arguments = dict(zip(placeholders, [*saved, *tangents], strict=True))
     (outputs,) = graph.output_node().args
     targets = [node for node in outputs if isinstance(node, fx.Node)]  # type: ignore[union-attr]
-    return Sweep(graph, arguments, frozenset(leaves)), targets
+    sweep = Sweep(graph, frozenset(leaves))
+    sweep.feed(arguments)
+    return sweep, targets
 
 
 def cotangents(sweep: Sweep, targets: list[fx.Node]) -> dict[str, Tensor]:
@@ -85,7 +87,7 @@ def test_segments_change_nothing(name: str, count: int, monkeypatch: pytest.Monk
 
 def test_whole_graph_is_what_autograd_says() -> None:
     sweep, targets = sweep_of(deep)
-    values = {node: value.clone().requires_grad_() for node, value in sweep.arguments.items()}
+    values = {node: value.clone().requires_grad_() for node, value in sweep._arguments.items()}
     env = dict(values)
     for node in sweep.nodes:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
@@ -99,7 +101,7 @@ def test_whole_graph_is_what_autograd_says() -> None:
 
 def test_results_are_those_of_the_graph() -> None:
     sweep, _ = sweep_of(deep)
-    expected = fx.Interpreter(torch.nn.Module(), graph=sweep.graph).run(*sweep.arguments.values())
+    expected = fx.Interpreter(torch.nn.Module(), graph=sweep.graph).run(*sweep._arguments.values())
     expected = [value for value in expected if value is not None]
     for run in (sweep.run, sweep.run_and_keep):
         torch.testing.assert_close([value for value in run() if value is not None], expected, rtol=0, atol=0)

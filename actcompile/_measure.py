@@ -1,0 +1,131 @@
+"""What rounding each saved tensor adds to the gradient of one backward, or of one on a part of the batch."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from ._sweep import Sweep
+from .config import CODE_BITS
+from .passes._fx import graph_outputs
+from .plan import Sensitivity
+from .triton_kernels._hash import mix_seed
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """The rounding noise of one saved tensor.
+
+    Args:
+        variance: Of an element's noise, the mean over each group, at every width: [num_groups, len(CODE_BITS)].
+        bits: Of the codes that are stored now.
+        read_ids: Gives the number of the group of each element that is read, in the shape of these.
+    """
+
+    variance: Tensor
+    bits: int
+    read_ids: Callable[[], Tensor]
+
+    def weigh(self, cotangent: Tensor) -> list[float]:
+        """For every width, the sum over all elements of the noise's variance times the cotangent's square."""
+        squares = torch.zeros(len(self.variance), device=cotangent.device)
+        squares.index_add_(0, self.read_ids().reshape(-1), cotangent.float().square().reshape(-1))
+        return (squares @ self.variance.float()).tolist()
+
+    def add_noise(self, value: Tensor, seed: int) -> Tensor:
+        """``value`` with noise as large as that of its codes."""
+        deviation = self.variance[:, CODE_BITS.index(self.bits)].float().sqrt()[self.read_ids()]
+        return torch.empty_like(value).copy_(value + deviation * draw(value, seed))
+
+
+def measure(
+    sweep: Sweep,
+    targets: Mapping[fx.Node, int],
+    keys: Mapping[fx.Node, str],
+    roundings: Mapping[str, Rounding],
+    seed: int,
+) -> dict[str, Sensitivity]:
+    """Sensitivities by row key; needs ``run_and_keep`` before it.
+
+    Args:
+        sweep: The backward.
+        targets: Gradients that count, with their positions among the results.
+        keys: Row keys of the leaves of ``sweep``; a tensor that is decoded twice has two.
+        roundings: By row key.
+        seed: Of the random direction.
+    """
+    products = _Products(keys, roundings)
+    unknown: set[str] = set()
+    try:
+        sweep.pull_back(targets, lambda node, value: draw(value, mix_seed(seed, targets[node])), products.see)
+        unknown = {keys[node] for node in sweep.behind_opaque()}
+    except RuntimeError as error:
+        log.warning("sensitivities are measured one by one, autograd refuses the backward graph: %s", error)
+        unknown = set(keys.values())
+    found = products.sensitivities()
+    if unknown:
+        exact = sweep.run()
+        for key in unknown:
+            found[key] = _perturbed(
+                sweep, targets, exact, {n for n, k in keys.items() if k == key}, roundings[key], seed
+            )
+    return found
+
+
+def draw(value: Tensor, seed: int) -> Tensor:
+    """Standard normal numbers in the shape and dtype of ``value``; no generator of torch's own is drawn from."""
+    generator = torch.Generator(value.device).manual_seed(seed)
+    return torch.randn(value.shape, generator=generator, device=value.device).to(value.dtype)
+
+
+def _perturbed(
+    sweep: Sweep,
+    targets: Mapping[fx.Node, int],
+    exact: list[Tensor],
+    leaves: set[fx.Node],
+    rounding: Rounding,
+    seed: int,
+) -> Sensitivity:
+    """From the change of the gradient by noise in one tensor."""
+    noisy = sweep.run({node: lambda value: rounding.add_noise(value, seed) for node in leaves})
+    positions = {node: position for position, node in enumerate(graph_outputs(sweep.graph))}
+    change = sum(float((noisy[positions[n]] - exact[positions[n]]).float().square().sum()) for n in targets)
+    totals = rounding.variance.float()[rounding.read_ids().reshape(-1)].sum(0).tolist()
+    per_unit = change / max(totals[CODE_BITS.index(rounding.bits)], torch.finfo(torch.float32).tiny)
+    return Sensitivity({bits: per_unit * total for bits, total in zip(CODE_BITS, totals, strict=True)}, "perturbed")
+
+
+class _Products:
+    """Sums up the cotangents of each tensor, and weighs their squares once all of them are there."""
+
+    def __init__(self, keys: Mapping[fx.Node, str], roundings: Mapping[str, Rounding]) -> None:
+        self._keys = keys
+        self._roundings = roundings
+        self._pending = {key: list(keys.values()).count(key) for key in keys.values()}
+        self._sums: dict[str, Tensor] = {}
+        self._variances: dict[str, list[float]] = {}
+
+    def see(self, node: fx.Node, cotangent: Tensor) -> None:
+        """Takes one decoding's cotangent; a tensor that is decoded twice has their sum."""
+        key = self._keys[node]
+        self._sums[key] = self._sums[key] + cotangent if key in self._sums else cotangent
+        self._pending[key] -= 1
+        if self._pending[key] == 0:
+            self._finish(key)
+
+    def sensitivities(self) -> dict[str, Sensitivity]:
+        """Of every tensor; what no cotangent reached has none."""
+        for key in list(self._sums):
+            self._finish(key)
+        nothing = [0.0] * len(CODE_BITS)
+        return {
+            key: Sensitivity(dict(zip(CODE_BITS, self._variances.get(key, nothing), strict=True)), "probed")
+            for key in self._pending
+        }
+
+    def _finish(self, key: str) -> None:
+        self._variances[key] = self._roundings[key].weigh(self._sums.pop(key))

@@ -1,0 +1,121 @@
+"""Backwards for some of the samples of a batch.
+
+Sizes in the graph are replaced by those of fewer samples, what was saved is cut, and what is stored in codes is read
+without decoding the other samples where its layout allows.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ._batch import sizes_position
+from .passes._fx import GraphPair, hint, is_tensor
+from .triton_kernels._layout import from_storage_order, storage_permutation
+from .triton_kernels.quantize import split_planes
+
+dequantize = torch.ops.actcompile.dequantize.default
+
+
+@dataclass(frozen=True)
+class SlicedBackward:
+    """A backward graph for ``size // count`` samples of ``size``.
+
+    ``graph`` has the same nodes as the whole backward, by name. ``dims`` says where the batch lies in their values;
+    what is not there has none.
+    """
+
+    graph: fx.Graph
+    size: int
+    count: int
+    dims: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shape and strides of a saved tensor."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """``length`` of the ``size`` samples of a batch, from ``start`` on; a dimension may hold several rows of each."""
+
+    start: int
+    length: int
+    size: int
+
+    def rows(self, num_rows: int) -> slice:
+        """The rows of these samples in a dimension of ``num_rows``."""
+        per_sample = num_rows // self.size
+        return slice(self.start * per_sample, (self.start + self.length) * per_sample)
+
+
+def slice_backward(pair: GraphPair, size: int, dims: Mapping[str, int], count: int) -> SlicedBackward:
+    """The backward of ``pair`` with all sizes as they are for ``size // count`` samples."""
+    owner = fx.GraphModule(pair.backward, pair.backward.graph)
+    graph = fx.Graph(owner)
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(pair.backward.graph, copies))
+    for node, copy in copies.items():
+        if node.name not in dims or not is_tensor(node):
+            continue
+        shape = [hint(length) for length in node.meta["val"].shape]
+        shape[dims[node.name]] = shape[dims[node.name]] // size * (size // count)
+        copy.meta["val"] = node.meta["val"].new_empty(shape)
+        position = sizes_position(node)
+        if position is not None:
+            copy.update_arg(position, shape)
+    return SlicedBackward(graph, size, count, dims)
+
+
+def cut(value: Tensor, dim: int, part: Part) -> Tensor:
+    """A copy of the samples of ``part``, which lie along ``dim``."""
+    rows = part.rows(value.shape[dim])
+    return value.narrow(dim, rows.start, rows.stop - rows.start).clone()
+
+
+def decode(decoder: Any, args: Sequence[Any], dim: int, part: Part) -> Tensor:
+    """The samples of ``part`` of what ``decoder(*args)`` returns."""
+    if decoder is not dequantize:
+        return cut(decoder(*args), dim, part)
+    codes, scale, zero, bits, group_size, shape, stride, dtype = args
+    run = _run(Layout(tuple(shape), tuple(stride)), dim, part)
+    if run is None:
+        return cut(decoder(*args), dim, part)
+    groups = slice(run.start // group_size, (run.stop - 1) // group_size + 1)
+    planes = torch.cat([plane[groups].reshape(-1) for plane in split_planes(codes, bits, group_size)])
+    first, numel = groups.start * group_size, run.stop - groups.start * group_size
+    flat = dequantize(planes, scale[groups], zero[groups], bits, group_size, [numel], [1], dtype)
+    return from_storage_order(flat[run.start - first :].clone(), _cut_shape(shape, dim, part), stride)
+
+
+def group_ids(layout: Layout, group_size: int, dim: int | None = None, part: Part | None = None) -> Tensor:
+    """For each element, or each of ``part``, the number of its group: int64, in the shape of the elements."""
+    if part is None or dim is None:
+        return from_storage_order(torch.arange(math.prod(layout.shape)) // group_size, layout.shape, layout.stride)
+    run = _run(layout, dim, part)
+    if run is None:
+        return cut(group_ids(layout, group_size), dim, part)
+    ids = torch.arange(run.start, run.stop) // group_size
+    return from_storage_order(ids, _cut_shape(layout.shape, dim, part), layout.stride)
+
+
+def _run(layout: Layout, dim: int, part: Part) -> slice | None:
+    """The elements of ``part`` in storage order, where these lie one after the other."""
+    order = storage_permutation(layout.shape, layout.stride)
+    if any(layout.shape[outer] != 1 for outer in order[: order.index(dim)]):
+        return None
+    rows = part.rows(layout.shape[dim])
+    row = math.prod(layout.shape) // layout.shape[dim]
+    return slice(rows.start * row, rows.stop * row)
+
+
+def _cut_shape(shape: Sequence[int], dim: int, part: Part) -> list[int]:
+    rows = part.rows(shape[dim])
+    return [*shape[:dim], rows.stop - rows.start, *shape[dim + 1 :]]

@@ -1,0 +1,116 @@
+"""Where the batch lies, and backwards for parts of it, against the whole backward."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from actcompile._batch import find_batch
+from actcompile._slices import Part, cut, slice_backward
+from actcompile.plan import Role
+
+from ..passes.pairs import trace
+
+BATCH = 6
+IDS = torch.randint(16, (BATCH, 5))
+X = torch.randn(BATCH, 5, 8)
+
+
+def mlp(w: Tensor, x: Tensor) -> Tensor:
+    return F.layer_norm(F.gelu(x.flatten(0, 1) @ w).view(BATCH, 5, 8), (8,)).square().mean()
+
+
+def attention(w: Tensor, x: Tensor) -> Tensor:
+    q, k, v = (part.view(BATCH, 5, 2, 4).transpose(1, 2) for part in (x @ w.repeat(1, 3)).split(8, dim=-1))
+    return (F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(-1, 8) @ w).tanh().sum()
+
+
+def images(w: Tensor, x: Tensor) -> Tensor:
+    kernel = w.view(4, 1, 4, 4)[:, :, :3, :3]
+    return F.max_pool2d(torch.conv2d(x.view(BATCH, 1, 5, 8), kernel, padding=1).relu(), 2).mean((2, 3)).exp().sum(0)[1]
+
+
+def classes(w: Tensor, ids: Tensor) -> Tensor:
+    hidden = F.embedding(ids, w.repeat(2, 1)) + w[:5]
+    return F.cross_entropy((hidden @ w).view(-1, 8), ids.view(-1) % 8)
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+@pytest.mark.parametrize(
+    ("function", "x"),
+    [(mlp, X), (attention, X), (images, X), (classes, IDS)],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_gradients_of_parts_add_up(function: Callable[..., Tensor], x: Tensor, count: int) -> None:
+    traced = trace(function, torch.randn(8, 8, requires_grad=True), x)
+    found = find_batch(traced.pair)
+    assert found is not None
+    size, dims = found
+    assert size == BATCH
+    for module in (traced.pair.forward, traced.pair.backward):
+        module.recompile()
+    outputs = traced.pair.forward(*(value.detach() for value in traced.inputs))
+    saved = outputs[len(traced.pair.user_outputs) :]
+    whole = traced.pair.backward(*saved, torch.ones(()))[0]
+    sliced = slice_backward(traced.pair, size, dims, count)
+    module = torch.fx.GraphModule(traced.pair.backward, sliced.graph)
+    names = [node.name for node in sliced.graph.find_nodes(op="placeholder")]
+    total = torch.zeros(8, 8)
+    for index in range(count):
+        part = Part(index * (size // count), size // count, size)
+        given = dict(zip(names, [*saved, torch.ones(())], strict=True))
+        total += module(*(cut(v, dims[n], part) if n in dims else v for n, v in given.items()))[0]
+    torch.testing.assert_close(total, whole, rtol=1e-4, atol=1e-5)
+
+
+def contrastive(w: Tensor, x: Tensor) -> Tensor:
+    y = torch.tanh(x.flatten(1) @ w.repeat(5, 1))
+    return F.cross_entropy(y @ y.t(), torch.arange(BATCH))
+
+
+def shuffled(w: Tensor, x: Tensor) -> Tensor:
+    return (torch.tanh(x @ w)[torch.tensor([3, 1, 2, 0, 5, 4])] * x).sum()
+
+
+def flipped(w: Tensor, x: Tensor) -> Tensor:
+    return (torch.tanh(x @ w).flip(0) * x).sum()
+
+
+def summed_up(w: Tensor, x: Tensor) -> Tensor:
+    return torch.tanh((x @ w).cumsum(0)).square().sum()
+
+
+def halves(w: Tensor, x: Tensor) -> Tensor:
+    first, second = torch.tanh(x @ w).chunk(2)
+    return (first * second).sum()
+
+
+def shifted(w: Tensor, x: Tensor) -> Tensor:
+    y = torch.tanh(x @ w)
+    return (y[1:] * y[:-1]).sum()
+
+
+def both_ways(w: Tensor, x: Tensor) -> Tensor:
+    return torch.tanh(torch.cat([x @ w, -x @ w])).square().sum()
+
+
+def sequence_first(w: Tensor, x: Tensor) -> Tensor:
+    return torch.tanh(x.transpose(0, 1).reshape(-1, 8) @ w).view(5, BATCH, 8).mean(0).square().sum()
+
+
+def graph_nodes(w: Tensor, x: Tensor) -> Tensor:
+    edges = torch.tensor([[0, 1, 2], [3, 4, 5]])
+    y = torch.tanh(x @ w)
+    return torch.zeros_like(y).index_add(0, edges[0], y[edges[1]]).square().sum()
+
+
+@pytest.mark.parametrize(
+    "function", [contrastive, shuffled, flipped, summed_up, halves, shifted, both_ways, graph_nodes, sequence_first]
+)
+def test_mixed_samples_are_refused(function: Callable[..., Tensor], capfd: pytest.CaptureFixture[str]) -> None:
+    traced = trace(function, torch.randn(8, 8, requires_grad=True), X)
+    assert traced.pair.roles[next(iter(traced.pair.roles))] is Role.PARAMETER
+    assert find_batch(traced.pair) is None
+    assert not capfd.readouterr().err
