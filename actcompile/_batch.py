@@ -183,15 +183,13 @@ class _Propagation:
             self._run(node)
 
     def _run(self, node: fx.Node, grow: bool = False) -> None:
-        args: Any
-        kwargs: Any
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._values.__getitem__)
+        args: list[Any] = list(fx.node.map_arg(node.args, self._values.__getitem__))
+        kwargs: dict[str, Any] = fx.node.map_arg(node.kwargs, self._values.__getitem__)
         position = sizes_position(node)
         if position is not None:
-            before, behind = args[:position], args[position + 1 :]
-            args = (*before, self._sizes(node, grow), *behind)
+            args[position] = self._sizes(node, grow)
         elif node.target is _IOTA and self._is_forward and self._grown and args[0] in self._lengths:
-            args = (args[0] * _GROWTH, *args[1:])
+            args[0] *= _GROWTH
         value = self._values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         if isinstance(value, torch.Tensor):
             old = [hint(length) for length in node.meta["val"].shape]
