@@ -202,8 +202,10 @@ class _Propagation:
     def _may_grow(self, node: fx.Node) -> bool:
         """Whether ``node`` is a constant that has not grown yet."""
         is_constant = not any(source.name in self.dims for source in node.all_input_nodes)
-        sizes = node.meta["val"].shape if is_constant and sizes_position(node) is not None else ()
-        return node.name not in self.dims and len(sizes) > 0 and hint(sizes[0]) % self._size == 0
+        if node.name in self.dims or not is_constant or sizes_position(node) is None:
+            return False
+        shape = node.meta["val"].shape
+        return len(shape) > 0 and hint(shape[0]) % self._size == 0
 
     def _sizes(self, node: fx.Node, grow: bool) -> list[int]:
         """The sizes that ``node`` is given, grown."""
