@@ -46,8 +46,20 @@ _HARMLESS_ALONG = ("sum", "mean", "var", "var_mean", "amax", "amin", "any", "squ
 _INDEXED = ("index", "index_put", "index_put_", "_unsafe_index", "_unsafe_index_put", "take")
 
 
+# Wrong guesses about constants that are mended before a batch is given up.
+_MAX_MENDED = 8
+
+
 class NotSeparableError(Exception):
     """A graph that does not work on one sample after the other, or not visibly so."""
+
+
+class _WrongGuessError(NotSeparableError):
+    """Constants that must not have grown."""
+
+    def __init__(self, message: str, names: frozenset[str]) -> None:
+        super().__init__(message)
+        self.names = names
 
 
 def find_batch(pair: GraphPair) -> tuple[int, dict[str, int]] | None:
@@ -55,10 +67,22 @@ def find_batch(pair: GraphPair) -> tuple[int, dict[str, int]] | None:
     for size in _candidates(pair):
         for grown in (True, False):
             try:
-                return size, _Propagation(pair, size, grown).dims
+                return size, _propagate(pair, size, grown)
             except (NotSeparableError, RuntimeError, ValueError, TypeError, IndexError) as error:
                 log.debug("a batch of %d is not it: %s", size, error)
     return None
+
+
+def _propagate(pair: GraphPair, size: int, grown: bool) -> dict[str, int]:
+    """The dimensions of a batch of ``size``; constants that turn out to have grown by mistake are held back."""
+    held: frozenset[str] = frozenset()
+    for _ in range(_MAX_MENDED):
+        try:
+            return _Propagation(pair, size, grown, held).dims
+        except _WrongGuessError as error:
+            log.debug("%s: %s do not grow", error, ", ".join(error.names))
+            held |= error.names
+    raise NotSeparableError("too many constants are as long as the batch by chance")
 
 
 def _candidates(pair: GraphPair) -> list[int]:
@@ -77,14 +101,17 @@ class _Propagation:
         pair: The graphs, with codecs.
         size: The batch of the traced call.
         grown: Whether constants whose first dimension has the length of a batch dimension grow with it.
+        held: Names of those that do not.
     """
 
-    def __init__(self, pair: GraphPair, size: int, grown: bool) -> None:
+    def __init__(self, pair: GraphPair, size: int, grown: bool, held: frozenset[str] = frozenset()) -> None:
         # Of the graph that is being run.
         self.dims: dict[str, int] = {}
         self._pair = pair
         self._size = size
         self._grown = grown
+        self._held = held
+        self._guessed: set[fx.Node] = set()
         self._is_forward = True
         self._lengths = {size}
         self._values: dict[fx.Node, Any] = {}
@@ -132,7 +159,9 @@ class _Propagation:
         inputs = pair.forward.graph.find_nodes(op="placeholder")
         for gradient, node in zip(graph_outputs(pair.backward.graph), inputs, strict=False):
             if isinstance(gradient, fx.Node) and self.dims.get(gradient.name) != forward.get(node.name):
-                raise NotSeparableError(f"{gradient} is the gradient of {node}, and the batch lies elsewhere in it")
+                message = f"{gradient} is the gradient of {node}, and the batch lies elsewhere in it"
+                guesses = frozenset(source.name for source in gradient.all_input_nodes if source in self._guessed)
+                raise _WrongGuessError(message, guesses) if guesses else NotSeparableError(message)
 
     def _tangent_dim(self, tangent: fx.Node, outputs: list[tuple[fx.Node, int | None]]) -> int | None:
         """That of the first output left which has the shape of ``tangent``; tangents come in the order of outputs."""
@@ -216,7 +245,9 @@ class _Propagation:
             if dim is not None:
                 sizes[_moved(sources[0], dim, node)] *= _GROWTH
                 return sizes
-        if grow or (self._grown and sizes and sizes[0] in self._lengths and node.target not in _VIEWS):
+        is_guess = self._grown and sizes and sizes[0] in self._lengths and node.target not in _VIEWS
+        if node.name not in self._held and (grow or is_guess):
+            self._guessed.add(node)
             sizes[0] *= _GROWTH
         return sizes
 

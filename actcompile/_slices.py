@@ -2,9 +2,14 @@
 
 Sizes in the graph are replaced by those of fewer samples, what was saved is cut, and what is stored in codes is read
 without decoding the other samples where its layout allows.
+
+Where samples meet, as in batch normalization, the others are taken for copies of these: sums over the batch are
+multiplied by the number of parts. Their derivative, that is: what reads them again is given their values for all
+samples.
 """
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,24 +19,30 @@ from torch import Tensor, fx
 
 from ._batch import sizes_position
 from .passes._fx import GraphPair, hint, is_tensor
+from .passes._naming import operator_name
 from .triton_kernels._layout import from_storage_order, storage_permutation
 from .triton_kernels.quantize import split_planes
 
 dequantize = torch.ops.actcompile.dequantize.default
+
+# Operators whose result for a batch of copies is that for one of them.
+_SAME_FOR_COPIES = frozenset({"mean", "var", "var_mean", "std", "amax", "amin", "max", "min", "select"})
 
 
 @dataclass(frozen=True)
 class SlicedBackward:
     """A backward graph for ``size // count`` samples of ``size``.
 
-    ``graph`` has the same nodes as the whole backward, by name. ``dims`` says where the batch lies in their values;
-    what is not there has none.
+    ``graph`` has the same nodes as the whole backward, by name, and one for every sum over the batch, multiplied.
+    ``dims`` says where the batch lies in their values; what is not there has none. ``meetings`` are the multiplied sums
+    that samples read again, with the names of those sums in the whole backward.
     """
 
     graph: fx.Graph
     size: int
     count: int
     dims: Mapping[str, int]
+    meetings: Mapping[fx.Node, str]
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,15 @@ def slice_backward(pair: GraphPair, size: int, dims: Mapping[str, int], count: i
     graph = fx.Graph(owner)
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(pair.backward.graph, copies))
-    for node, copy in copies.items():
+    meetings, read_again = {}, _read_by_samples(pair.backward.graph, dims)
+    for node, copy in list(copies.items()):
+        if _sums_over_batch(node, dims):
+            with graph.inserting_after(copy):
+                whole = graph.call_function(torch.ops.aten.mul.Tensor, (copy, count))
+            whole.meta["val"] = node.meta["val"]
+            copy.replace_all_uses_with(whole, lambda user, whole=whole: user is not whole)  # type: ignore[misc]
+            if node in read_again:
+                meetings[whole] = node.name
         if node.name not in dims or not is_tensor(node):
             continue
         shape = [hint(length) for length in node.meta["val"].shape]
@@ -71,7 +90,28 @@ def slice_backward(pair: GraphPair, size: int, dims: Mapping[str, int], count: i
         position = sizes_position(node)
         if position is not None:
             copy.update_arg(position, shape)
-    return SlicedBackward(graph, size, count, dims)
+    return SlicedBackward(graph, size, count, dims, meetings)
+
+
+def _sums_over_batch(node: fx.Node, dims: Mapping[str, int]) -> bool:
+    """Whether ``node`` is one value for all samples, the sum of what each contributes."""
+    if node.op != "call_function" or node.name in dims or not is_tensor(node):
+        return False
+    producer = node.all_input_nodes[0] if node.target is operator.getitem else node
+    return (
+        node.meta["val"].is_floating_point()
+        and operator_name(producer) not in _SAME_FOR_COPIES
+        and any(source.name in dims for source in producer.all_input_nodes)
+    )
+
+
+def _read_by_samples(graph: fx.Graph, dims: Mapping[str, int]) -> set[fx.Node]:
+    """Nodes without a batch that something with one reads, directly or not."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.name not in dims and any(user.name in dims or user in found for user in node.users):
+            found.add(node)
+    return found
 
 
 def cut(value: Tensor, dim: int, part: Part) -> Tensor:

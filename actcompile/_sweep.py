@@ -9,7 +9,7 @@ Operators that autograd cannot differentiate are opaque: nothing passes through 
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,12 +18,19 @@ import torch
 from torch import Tensor, fx
 
 from ._attention import ATTENTION_BACKWARD, ATTENTION_FORWARD, attention_backward
-from .passes._fx import graph_outputs, hint, is_tensor
+from ._tiles import call_node, find_tilings, ordered, run_graph
+from .passes._fx import hint, is_tensor
 from .passes._views import ALIAS_OPS, storage
 from .passes.place_codecs import DECODERS
 
 # Names of the autograd functions of operators without a derivative; those of prims only raise.
 _OPAQUE = ("NotImplemented", "GeneratedBackwardFor_prims")
+
+# Operators of prims without a derivative, in terms of those that have one.
+_DIFFERENTIABLE: Mapping[str, Callable[..., Tensor]] = {
+    "prims::convert_element_type": Tensor.to,
+    "prims::fma": lambda a, b, c: a * b + c,
+}
 
 # Numbers of segments, and how many limits of what crosses between them, that are tried.
 _COUNTS = (1, 2, 4, 8, 16, 32, 64)
@@ -49,17 +56,20 @@ class Sweep:
     """A backward graph that is differentiated by the nodes ``leaves``, which every segment that reads them reads anew.
 
     ``readers`` says how, and how to read what else is stored in codes; the first run notes their operators and
-    arguments where they are not given.
+    arguments where they are not given. ``is_tiled`` lets runs of pointwise operators take a few rows at a time; values
+    noted in the graph must be as they are when it runs.
     """
 
-    def __init__(self, graph: fx.Graph, leaves: frozenset[fx.Node]) -> None:
+    def __init__(self, graph: fx.Graph, leaves: frozenset[fx.Node], is_tiled: bool = True) -> None:
         self.graph = graph
         self.leaves = leaves
         self.opaque: set[fx.Node] = set()
         self.readers: dict[fx.Node, functools.partial[Tensor]] = {}
-        self.nodes = _ordered(graph)
+        self.nodes = ordered(graph)
+        self._is_tiled = is_tiled
         self.dependent = _dependent(self.nodes, leaves)
         self._arguments: Mapping[fx.Node, Any] = {}
+        self._known: Mapping[fx.Node, Tensor] = {}
         self._kept: dict[fx.Node, Any] = {}
 
     @cached_property
@@ -73,14 +83,25 @@ class Sweep:
         return _cost(self.segments, self.leaves)
 
     def feed(
-        self, arguments: Mapping[fx.Node, Any], readers: Mapping[fx.Node, "functools.partial[Tensor]"] | None = None
+        self,
+        arguments: Mapping[fx.Node, Any],
+        readers: Mapping[fx.Node, "functools.partial[Tensor]"] | None = None,
+        known: Mapping[fx.Node, Tensor] | None = None,
     ) -> None:
-        """Takes the arguments of one call."""
-        self._arguments, self.readers = arguments, dict(readers or {})
+        """Takes the arguments of one call, and the values of nodes that are better known than computed."""
+        self._arguments, self.readers, self._known = arguments, dict(readers or {}), dict(known or {})
 
-    def run(self, change: Mapping[fx.Node, Callable[[Tensor], Tensor]] | None = None) -> list[Any]:
-        """The results of the graph, with the values of some leaves changed; keeps nothing."""
-        return self._run(frozenset(), change or {})
+    def run(
+        self,
+        change: Mapping[fx.Node, Callable[[Tensor], Tensor]] | None = None,
+        seen: MutableMapping[fx.Node, Any] | None = None,
+    ) -> list[Any]:
+        """The results of the graph, with the values of some leaves changed; fills in the values of ``seen``."""
+        seen = {} if seen is None else seen
+        results = self._run(frozenset(seen), change or {})
+        seen.update(self._kept)
+        self._kept = {}
+        return results
 
     def run_and_keep(self) -> list[Any]:
         """The results of the graph; keeps what ``pull_back`` starts from."""
@@ -89,25 +110,27 @@ class Sweep:
 
     @torch.no_grad()
     def _run(self, kept: frozenset[fx.Node], change: Mapping[fx.Node, Callable[[Tensor], Tensor]]) -> list[Any]:
-        output = self.graph.output_node()
-        last_use = {source: node for node in [*self.nodes, output] for source in node.all_input_nodes}
-        values: dict[fx.Node, Any] = dict(self._arguments)
-        for node in self.nodes:
+        def evaluate(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
             if (node in self.leaves or node.target in DECODERS) and node not in self.readers:
                 args = fx.node.map_arg(node.args, values.__getitem__)
                 self.readers[node] = functools.partial(node.target, *args)  # type: ignore[arg-type, operator, misc]
-            values[node] = self._value(node, values)
+            value = self._value(node, values)
             if node in change:
-                values[node] = change[node](values[node])
-            if node in kept:
-                self._kept[node] = values[node]
-            for used in {node, *node.all_input_nodes}:
-                if last_use.get(used, node) is node:
-                    values.pop(used, None)
-        return [values[node] if isinstance(node, fx.Node) else node for node in graph_outputs(self.graph)]
+                value = change[node](value)
+            return value
+
+        pieces = find_tilings(self.nodes, change, kept) if self._is_tiled else self.nodes
+        values = dict(self._arguments)
+        results = run_graph(pieces, self.graph, values, self.readers, evaluate, kept)
+        self._kept = {node: values[node] for node in kept}
+        return results
 
     def _value(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-        return self.readers[node]() if node in self.readers else _call(node, values)
+        if node in self.readers:
+            return self.readers[node]()
+        value = _call(node, values)
+        # The value is what is known, the derivative that of what is computed.
+        return value + (self._known[node] - value.detach()) if node in self._known else value
 
     @torch.no_grad()
     def pull_back(
@@ -183,31 +206,20 @@ class Sweep:
 
 
 def _call(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-    args: Any
-    kwargs: Any
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-    if node.op == "get_attr":
-        return operator.attrgetter(str(node.target))(node.graph.owning_module)
-    if torch.is_grad_enabled():
-        if node.target is torch.ops.prims.convert_element_type.default:
-            return args[0].to(args[1])
+    if torch.is_grad_enabled() and isinstance(node.target, torch._ops.OpOverload):
+        args: Any
+        kwargs: Any
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+        name = node.target.name()
+        if name in _DIFFERENTIABLE:
+            return _DIFFERENTIABLE[name](*args)
         if node.target in ATTENTION_BACKWARD:
             return attention_backward(node.target, args, kwargs)
         if node.target in ATTENTION_FORWARD:
             # Its results are functions of the operands that the backward's derivative accounts for.
             with torch.no_grad():
-                return node.target(*args, **kwargs)  # type: ignore[operator]
-    return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def _ordered(graph: fx.Graph) -> list[fx.Node]:
-    """The operators of ``graph``, every tuple directly followed by what takes it apart."""
-    nodes: list[fx.Node] = []
-    for node in graph.nodes:
-        if node.op not in ("placeholder", "output") and node.target is not operator.getitem:
-            nodes.append(node)
-            nodes.extend(user for user in node.users if user.target is operator.getitem)
-    return nodes
+                return node.target(*args, **kwargs)
+    return call_node(node, values)
 
 
 def _dependent(nodes: Sequence[fx.Node], leaves: frozenset[fx.Node]) -> set[fx.Node]:

@@ -33,6 +33,7 @@ __all__ = [
     "CustomPartitionerFn",
     "Interpret",
     "add_scalar_input",
+    "belongs_to_module",
     "check_cpp_compiler",
     "compile_in_place",
     "compile_pair",
@@ -75,6 +76,16 @@ def add_scalar_input(graph: fx.GraphModule, name: str, example: torch.Tensor) ->
     placeholder._dynamo_source = source  # type: ignore[attr-defined]
     result.recompile()
     return result, fake
+
+
+def belongs_to_module(placeholder: fx.Node) -> bool:
+    """Whether an input of Dynamo's graph is a parameter, buffer or other attribute of a module."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    if source is None:
+        return False
+    # A method until 2.12.
+    kind = source.guard_source() if callable(source.guard_source) else source.guard_source
+    return bool(kind.is_specialized_nn_module() or kind.is_unspecialized_nn_module() or kind.is_fsdp_module())
 
 
 def copied(graph: fx.GraphModule) -> fx.GraphModule:

@@ -25,6 +25,7 @@ from ._torch import (
     CustomPartitionerFn,
     Interpret,
     add_scalar_input,
+    belongs_to_module,
     check_cpp_compiler,
     compile_pair,
     copied,
@@ -214,7 +215,7 @@ def input_role(placeholder: fx.Node, value: Any) -> Role:
         return Role.PARAMETER
     if example.requires_grad:
         return Role.PARAMETER if example.is_leaf else Role.BOUNDARY
-    return Role.INPUT
+    return Role.BUFFER if belongs_to_module(placeholder) else Role.INPUT
 
 
 def _requires_grad(value: Any) -> bool:

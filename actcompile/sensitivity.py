@@ -32,8 +32,10 @@ from ._batch import find_batch
 from ._measure import Rounding, measure
 from ._slices import Layout, Part, SlicedBackward, cut, decode, group_ids, slice_backward
 from ._sweep import Sweep
+from ._tiles import call_node, find_tilings, ordered, run_graph
 from .config import CODE_BITS
 from .passes._fx import ROW_KEY, GraphPair, graph_outputs
+from .passes.place_codecs import DECODERS
 from .plan import Profile, Role, Sensitivity
 from .triton_kernels._chunked import rounding_variance
 from .triton_kernels._hash import mix_seed
@@ -82,7 +84,17 @@ class Probe:
         return call
 
     def _forward(self, graph: fx.GraphModule, args: list[Any]) -> Any:
-        return _RoundingNoted(graph, self._rounding).boxed_run(args)
+        arguments = dict(zip(graph.graph.find_nodes(op="placeholder"), args, strict=True))
+        args.clear()
+        return run_graph(find_tilings(ordered(graph.graph)), graph.graph, arguments, {}, self._note_rounding)
+
+    def _note_rounding(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        """The operator's result; of what is encoded, the rounding noise of every group is noted first."""
+        if node.target is quantize:
+            # bf16: the sum over many groups is what counts.
+            noise = rounding_variance(values[node.args[0]], CODE_BITS, node.args[2])  # type: ignore[index, arg-type]
+            self._rounding[node.meta[ROW_KEY]] = noise.bfloat16()
+        return call_node(node, values)
 
     def _backward(self, graph: fx.GraphModule, args: list[Any]) -> Any:
         arguments = dict(zip(graph.graph.find_nodes(op="placeholder"), args, strict=True))
@@ -90,13 +102,16 @@ class Probe:
         whole = _sweep_of(graph.graph)
         whole.feed(arguments)
         sliced = self._sliced(whole)
-        results = whole.run_and_keep() if sliced is None else whole.run()
+        names = set() if sliced is None else set(sliced.meetings.values())
+        sums = dict.fromkeys(node for node in whole.nodes if node.name in names)
+        results = whole.run_and_keep() if sliced is None else whole.run(seen=sums)
         counted = self._counted(graph.graph, results)
         square = sum(float(results[position].float().square().sum()) for position in counted)
         if sliced is None:
             sensitivities = self._measure(whole, counted, _readers(whole), None, 0)
         else:
-            sensitivities = self._sum_over_parts(sliced, whole, arguments, counted)
+            known = {node.name: value for node, value in sums.items()}
+            sensitivities = self._sum_over_parts(sliced, whole, arguments, known, counted)
         self.profile = Profile(sensitivities, square)
         self._rounding.clear()
         self._pair = None
@@ -115,7 +130,8 @@ class Probe:
     def _sliced(self, whole: Sweep) -> SlicedBackward | None:
         """The backward of so few samples that the product takes no more bytes than it may; None for all at once."""
         batch = None if self._pair is None else find_batch(self._pair)
-        if self._pair is None or batch is None or not all(leaf.name in batch[1] for leaf in whole.leaves):
+        decoders = [node for node in whole.nodes if node.target in DECODERS]
+        if self._pair is None or batch is None or not all(node.name in batch[1] for node in decoders):
             log.info("sensitivities are measured on the whole batch at once: its samples cannot be told apart")
             return None
         size, dims = batch
@@ -124,10 +140,15 @@ class Probe:
         return None if count == 1 else slice_backward(self._pair, size, dims, count)
 
     def _sum_over_parts(
-        self, sliced: SlicedBackward, whole: Sweep, arguments: Mapping[fx.Node, Any], counted: Sequence[int]
+        self,
+        sliced: SlicedBackward,
+        whole: Sweep,
+        arguments: Mapping[fx.Node, Any],
+        known: Mapping[str, Any],
+        counted: Sequence[int],
     ) -> dict[str, Sensitivity]:
         """Sensitivities over the samples of the first parts of the batch, scaled to all of them."""
-        sweep, given = _sweep_of(sliced.graph), {node.name: value for node, value in arguments.items()}
+        sweep, given = _sweep_of(sliced.graph, is_tiled=False), {node.name: value for node, value in arguments.items()}
         readers, dims = _readers(whole), sliced.dims
         length = sliced.size // sliced.count
         num_parts = max(1, round(_SHARE * sliced.count))
@@ -141,13 +162,15 @@ class Probe:
             sweep.feed(
                 values,
                 {n: functools.partial(decode, r.func, r.args, dims[n.name], part) for n, r in decoders.items()},
+                {node: known[name] for node, name in sliced.meetings.items()},
             )
             sweep.run_and_keep()
             found = self._measure(sweep, counted, readers, part, index, dims)
             for key, value in found.items():
                 sums.setdefault(key, Counter()).update(value.variance)  # type: ignore[arg-type]
                 methods[key] = value.method
-        scale = sliced.count / num_parts
+        # The others were taken for copies: their share of the cotangents is left out, and that of the noise counted.
+        scale = 1 / (sliced.count * num_parts)
         return {
             key: Sensitivity({bits: scale * total[bits] for bits in CODE_BITS}, methods[key])
             for key, total in sums.items()
@@ -174,24 +197,9 @@ class Probe:
         return measure(sweep, targets, keys, roundings, mix_seed(self._seed, index))
 
 
-def _sweep_of(graph: fx.Graph) -> Sweep:
-    return Sweep(graph, frozenset(graph.find_nodes(op="call_function", target=dequantize)))
+def _sweep_of(graph: fx.Graph, is_tiled: bool = True) -> Sweep:
+    return Sweep(graph, frozenset(graph.find_nodes(op="call_function", target=dequantize)), is_tiled)
 
 
 def _readers(sweep: Sweep) -> dict[str, "functools.partial[Tensor]"]:
     return {node.name: reader for node, reader in sweep.readers.items()}
-
-
-class _RoundingNoted(fx.Interpreter):
-    """Notes the rounding noise of every group that is encoded."""
-
-    def __init__(self, graph: fx.GraphModule, rounding: dict[str, Tensor]) -> None:
-        super().__init__(graph)
-        self._rounding = rounding
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.target is quantize:
-            args, _ = self.fetch_args_kwargs_from_env(n)
-            # bf16: the sum over many groups is what counts.
-            self._rounding[n.meta[ROW_KEY]] = rounding_variance(args[0], CODE_BITS, args[2]).bfloat16()
-        return super().run_node(n)
