@@ -21,7 +21,12 @@ from torch._dynamo.source import ConstantSource
 from torch._guards import CompileContext, TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 
 from .errors import CompileError, ConfigError
 
@@ -38,9 +43,12 @@ __all__ = [
     "compile_pair",
     "copied",
     "current_frame",
+    "default_store",
     "fake_mode_for",
     "get_hash_for_files",
     "interpret_plainly",
+    "is_fake",
+    "is_part_of_model",
     "isolated_compile",
     "mode_options",
     "own_code",
@@ -86,17 +94,27 @@ def copied(graph: fx.GraphModule) -> fx.GraphModule:
 
 
 def traced_inputs(graph: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
-    """``inputs`` with every tensor as the fake one that Dynamo traced."""
+    """``inputs`` with every tensor as the fake one that Dynamo traced.
+
+    Not the numbers that Dynamo passes as tensors under dynamic shapes, such as a momentum: their values would be lost.
+    """
     placeholders = graph.graph.find_nodes(op="placeholder")
     return [
-        node.meta["example_value"] if isinstance(value, torch.Tensor) else value
+        node.meta["example_value"] if isinstance(value, torch.Tensor) and not _is_number(value) else value
         for node, value in zip(placeholders, inputs, strict=True)
     ]
 
 
+def _is_number(value: torch.Tensor) -> bool:
+    return value.dim() == 0 and value.dtype == torch.float64 and value.is_cpu and not is_fake(value)
+
+
 def reentrant_tracing() -> Callable[[], AbstractContextManager[object]]:
     """Enters what Dynamo traced under when this was called once more, to compile the same graph again."""
-    context = TracingContext.get()
+    # A context of its own: that of the first time keeps what its backwards, compiled when they first run, still need.
+    context = copy.copy(TracingContext.get())
+    # Counts the parts that DDP cut a model into; each is compiled alone the second time.
+    context.ddp_optimizer_ctx = None
 
     @contextmanager
     def reenter() -> Iterator[None]:
@@ -155,6 +173,27 @@ def interpret_plainly(graph: fx.GraphModule, is_backward: bool) -> Callable[[lis
 def fake_mode_for(values: Sequence[Any]) -> FakeTensorMode:
     """A mode under which no operator computes: that of ``values`` if they are fake already, else a new one."""
     return torch._guards.detect_fake_mode(list(values)) or FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def is_fake(value: object) -> bool:
+    """Whether ``value`` is a tensor without data."""
+    return isinstance(value, FakeTensor)
+
+
+def default_store() -> torch.distributed.Store:
+    """The store that the ranks met at, under a prefix of this package."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return torch.distributed.PrefixStore("actcompile", _get_default_store())
+
+
+def is_part_of_model() -> bool:
+    """Whether DDP cuts the model that is compiled right now into several graphs."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel._get_active_ddp_module() is not None
 
 
 @contextmanager

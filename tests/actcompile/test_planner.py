@@ -111,17 +111,6 @@ def test_the_same_rows_give_the_same_plan() -> None:
     assert make_plan(rows, Config(bits=2)) == make_plan(list(rows), Config(bits=2))
 
 
-def test_a_given_plan_is_followed() -> None:
-    kept = Decision(Action.KEEP, "by hand")
-    given = Plan({ROW.key: kept, "another graph's": Decision(Action.PACK, "")})
-    assert dict(make_plan([ROW], Config(plan=given))) == {ROW.key: kept}
-
-
-def test_a_plan_without_the_row_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"without an entry for 'blocks.0.fc/gelu' \(gelu in blocks.0.fc\)"):
-        make_plan([ROW], Config(plan=Plan()))
-
-
 def probed(sensitivities: dict[str, float], numel: int = 2**16) -> ProbedGraph:
     """A graph whose tensors all have ``numel`` elements; noise falls with the square of the number of levels."""
     rows = [replace(ROW, key=key, numel=numel, nbytes=4 * numel, shape=(numel,)) for key in sensitivities]
