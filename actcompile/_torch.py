@@ -113,8 +113,8 @@ def reentrant_tracing() -> Callable[[], AbstractContextManager[object]]:
     """Enters what Dynamo traced under when this was called once more, to compile the same graph again."""
     # A context of its own: that of the first time keeps what its backwards, compiled when they first run, still need.
     context = copy.copy(TracingContext.get())
-    # Counts the parts that DDP cut a model into; each is compiled alone the second time.
-    context.ddp_optimizer_ctx = None
+    # Where DDP cut a model into parts, these count them, and answer the first call of each with fake tensors.
+    context.ddp_optimizer_ctx, context.fakify_first_call = None, False
 
     @contextmanager
     def reenter() -> Iterator[None]:

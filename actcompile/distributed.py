@@ -27,10 +27,11 @@ def num_ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def plan_of_rank_0(sites: Sequence[str], config: Config, solve: Callable[[], Plan]) -> Plan:
+def plan_of_rank_0(purpose: str, sites: Sequence[str], config: Config, solve: Callable[[], Plan]) -> Plan:
     """The plan that ``solve`` finds on rank 0, on every rank.
 
     Args:
+        purpose: "train" or "profile": rank 0 may profile alone.
         sites: What the graph computes, as of ``call_sites``.
         config: The settings.
         solve: Finds the plan; called on rank 0 alone.
@@ -41,7 +42,7 @@ def plan_of_rank_0(sites: Sequence[str], config: Config, solve: Callable[[], Pla
     """
     if num_ranks() == 1:
         return solve()
-    name = _name(sites, config)
+    name = f"{purpose}/{_digest(sites, config)}"
     _num_solved[name] += 1
     key = f"{name}/{_num_solved[name]}"
     if dist.get_rank() == 0:
@@ -49,7 +50,7 @@ def plan_of_rank_0(sites: Sequence[str], config: Config, solve: Callable[[], Pla
     return _await(key, sites)
 
 
-def _name(sites: Sequence[str], config: Config) -> str:
+def _digest(sites: Sequence[str], config: Config) -> str:
     """The same on all ranks for the same graph; seeds may differ."""
     settings = replace(config, seed=None, lowering="inductor")
     return hashlib.sha256(repr((tuple(sites), settings)).encode()).hexdigest()[:24]
@@ -70,7 +71,8 @@ def _await(key: str, sites: Sequence[str]) -> Plan:
     store = default_store()
     try:
         message = json.loads(store.get(key))
-    except dist.DistStoreError as error:
+    # Every kind of store has an error of its own below this one.
+    except RuntimeError as error:
         rank, seconds = dist.get_rank(), store.timeout.total_seconds()
         raise CompileError(
             f"all ranks must train the same graphs, got one on rank {rank} for which rank 0 found no plan within "

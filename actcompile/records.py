@@ -108,21 +108,27 @@ def found_plan(record: GraphRecord) -> Plan | None:
     if earlier is record:
         return plan
     followed = follow(plan, record.rows, record.config)
-    budget = record.budget_nbytes()
-    if budget is None:
-        return followed
-    # Every graph keeps its share of the bytes, whatever sizes the others have by now.
-    known = [other for other in _records if other.config == record.config and other.solved is not None]
-    budget *= counted_nbytes(earlier.rows, plan) / sum(
-        counted_nbytes(other.rows, other.solved) for other in known if other.solved
-    )
-    if counted_nbytes(record.rows, followed) <= budget:
+    budget = _budget_again(record, earlier)
+    if budget is None or counted_nbytes(record.rows, followed) <= budget:
         return followed
     if num_ranks() > 1:
         log.warning("a batch of this size takes more than memory=%r: ranks keep one plan", record.config.memory)
         return followed
     assert earlier.profile is not None
-    return solve([ProbedGraph(record.rows, earlier.profile)], record.config, budget)[0]
+    return replace(solve([ProbedGraph(record.rows, earlier.profile)], record.config, budget)[0], graphs=plan.graphs)
+
+
+def _budget_again(record: GraphRecord, earlier: GraphRecord) -> float | None:
+    """Bytes for the graph of ``earlier`` at the sizes of ``record``: its share, whatever sizes others have by now."""
+    budget = record.budget_nbytes()
+    if budget is None:
+        return None
+    known = [(o, o.solved) for o in _records if o.config == record.config and o.solved is not None]
+    stored = sum(counted_nbytes(other.rows, plan) for other, plan in known)
+    if isinstance(record.config.memory, float):
+        total = sum(other.budget_nbytes() or 0 for other, _ in known)
+        budget = total * record.baseline_nbytes / earlier.baseline_nbytes
+    return budget * counted_nbytes(earlier.rows, solved_plan(earlier)) / stored
 
 
 def _serves(other: GraphRecord, record: GraphRecord) -> bool:
@@ -132,15 +138,15 @@ def _serves(other: GraphRecord, record: GraphRecord) -> bool:
     return other is record or (other.sites == record.sites and record.replaces(other))
 
 
-def solved_plan(record: GraphRecord) -> Plan:
-    """The plan of a graph that was probed, solved once; with several ranks it is that of rank 0.
+def solved_plan(record: GraphRecord, purpose: str = "train") -> Plan:
+    """The plan of a graph that was probed, solved once; with several ranks it is what rank 0 found for ``purpose``.
 
     Raises:
         ConfigError: When no plan reaches the target.
         CompileError: When rank 0's plan does not arrive.
     """
     if record.solved is None:
-        plan = plan_of_rank_0(record.sites, record.config, lambda: _solve(record))
+        plan = plan_of_rank_0(purpose, record.sites, record.config, lambda: _solve(record))
         record.solved = follow(plan, record.rows, record.config)
     return record.solved
 
