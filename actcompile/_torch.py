@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch._functorch.config as functorch_config
@@ -29,6 +29,9 @@ from torch._subclasses.fake_tensor import (
 )
 
 from .errors import CompileError, ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 # Makes a function, of a list that it empties, of a graph and whether it is the backward.
 Interpret = Callable[[fx.GraphModule, bool], Callable[[list[Any]], Any]]
@@ -180,11 +183,12 @@ def is_fake(value: object) -> bool:
     return isinstance(value, FakeTensor)
 
 
-def default_store() -> torch.distributed.Store:
+def default_store() -> "Store":
     """The store that the ranks met at, under a prefix of this package."""
-    from torch.distributed.distributed_c10d import _get_default_store
+    # Without distributed support, torch has none of these.
+    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-    return torch.distributed.PrefixStore("actcompile", _get_default_store())
+    return PrefixStore("actcompile", _get_default_store())
 
 
 def is_part_of_model() -> bool:
@@ -193,7 +197,7 @@ def is_part_of_model() -> bool:
         return False
     from torch.nn.parallel import DistributedDataParallel
 
-    return DistributedDataParallel._get_active_ddp_module() is not None
+    return DistributedDataParallel._get_active_ddp_module() is not None  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def _await(key: str, sites: Sequence[str]) -> Plan:
         message = json.loads(store.get(key))
     # Every kind of store has an error of its own below this one.
     except RuntimeError as error:
-        rank, seconds = dist.get_rank(), store.timeout.total_seconds()
+        rank, seconds = dist.get_rank(), store.timeout.total_seconds()  # type: ignore[attr-defined]
         raise CompileError(
             f"all ranks must train the same graphs, got one on rank {rank} for which rank 0 found no plan within "
             f"{seconds:g} s (the timeout of init_process_group): {_describe(sites)}; let rank 0 call the same model in "

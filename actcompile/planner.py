@@ -35,7 +35,8 @@ def make_plan(rows: Sequence[SavedTensor], config: Config, budget_nbytes: float 
     """
     if budget_nbytes is None:
         return _uniform(rows, config, config.code_bits)
-    for bits in (None, *reversed(CODE_BITS)):
+    # What is to be probed must be rounded, where exact tensors would fit too.
+    for bits in (*(() if config.automatic else (None,)), *reversed(CODE_BITS)):
         plan = _uniform(rows, config, bits)
         if counted_nbytes(rows, plan) <= budget_nbytes:
             return plan
