@@ -81,9 +81,8 @@ class GraphRecord:
         """Whether ``earlier`` is the same code of the same model, compiled for other sizes."""
         if self._frame is None or self._frame != earlier._frame or self._parameters is None:
             return False
-        return [id(reference()) for reference in self._parameters] == [
-            id(reference()) for reference in earlier._parameters or ()
-        ]
+        # Python keeps one reference per tensor; what they refer to may be gone.
+        return list(map(id, self._parameters)) == list(map(id, earlier._parameters or ()))
 
     def summary(self) -> str:
         """One line for the log."""
