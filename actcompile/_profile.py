@@ -50,7 +50,7 @@ def profile_call(
         output = isolated_compile(fresh(model), functools.partial(act, options=options))(*args, **kwargs)
         # Unlike backward(), this leaves every .grad alone.
         torch.autograd.grad(_scalar(output, loss), parameters, allow_unused=True)
-        plans = [records.solved_plan(record) for record in made if record.profile is not None]
+        plans = [records.solved_plan(record, "profile") for record in made if record.profile is not None]
     return functools.reduce(Plan.merged, plans, Plan())
 
 

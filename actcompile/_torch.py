@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch._functorch.config as functorch_config
@@ -21,9 +21,17 @@ from torch._dynamo.source import ConstantSource
 from torch._guards import CompileContext, TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 
 from .errors import CompileError, ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 # Makes a function, of a list that it empties, of a graph and whether it is the backward.
 Interpret = Callable[[fx.GraphModule, bool], Callable[[list[Any]], Any]]
@@ -39,9 +47,12 @@ __all__ = [
     "compile_pair",
     "copied",
     "current_frame",
+    "default_store",
     "fake_mode_for",
     "get_hash_for_files",
     "interpret_plainly",
+    "is_fake",
+    "is_part_of_model",
     "isolated_compile",
     "mode_options",
     "own_code",
@@ -97,17 +108,27 @@ def copied(graph: fx.GraphModule) -> fx.GraphModule:
 
 
 def traced_inputs(graph: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
-    """``inputs`` with every tensor as the fake one that Dynamo traced."""
+    """``inputs`` with every tensor as the fake one that Dynamo traced.
+
+    Not the numbers that Dynamo passes as tensors under dynamic shapes, such as a momentum: their values would be lost.
+    """
     placeholders = graph.graph.find_nodes(op="placeholder")
     return [
-        node.meta["example_value"] if isinstance(value, torch.Tensor) else value
+        node.meta["example_value"] if isinstance(value, torch.Tensor) and not _is_number(value) else value
         for node, value in zip(placeholders, inputs, strict=True)
     ]
 
 
+def _is_number(value: torch.Tensor) -> bool:
+    return value.dim() == 0 and value.dtype == torch.float64 and value.is_cpu and not is_fake(value)
+
+
 def reentrant_tracing() -> Callable[[], AbstractContextManager[object]]:
     """Enters what Dynamo traced under when this was called once more, to compile the same graph again."""
-    context = TracingContext.get()
+    # A context of its own: that of the first time keeps what its backwards, compiled when they first run, still need.
+    context = copy.copy(TracingContext.get())
+    # Where DDP cut a model into parts, these count them, and answer the first call of each with fake tensors.
+    context.ddp_optimizer_ctx, context.fakify_first_call = None, False
 
     @contextmanager
     def reenter() -> Iterator[None]:
@@ -166,6 +187,28 @@ def interpret_plainly(graph: fx.GraphModule, is_backward: bool) -> Callable[[lis
 def fake_mode_for(values: Sequence[Any]) -> FakeTensorMode:
     """A mode under which no operator computes: that of ``values`` if they are fake already, else a new one."""
     return torch._guards.detect_fake_mode(list(values)) or FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def is_fake(value: object) -> bool:
+    """Whether ``value`` is a tensor without data."""
+    return isinstance(value, FakeTensor)
+
+
+def default_store() -> "Store":
+    """The store that the ranks met at, under a prefix of this package."""
+    # Without distributed support, torch has none of these.
+    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+    return PrefixStore("actcompile", _get_default_store())
+
+
+def is_part_of_model() -> bool:
+    """Whether DDP cuts the model that is compiled right now into several graphs."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel._get_active_ddp_module() is not None  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -5,7 +5,7 @@ graph from Dynamo                                     act
   -> Inductor, which traces forward and backward      _torch.compile_pair
      -> partition                                     passes/partition.py
      -> rows of what is saved                         analysis.py
-     -> plan                                          planner.py
+     -> plan                                          planner.py, or following.py where one is given
      -> rewritten forward and backward                passes/
   -> Triton or C++ code, or an interpreter            lowering="eager"
 """
@@ -31,6 +31,8 @@ from ._torch import (
     copied,
     get_hash_for_files,
     interpret_plainly,
+    is_fake,
+    is_part_of_model,
     mode_options,
     reentrant_tracing,
     traced_inputs,
@@ -39,7 +41,9 @@ from ._torch import (
 from .analysis import analyze
 from .config import Config
 from .errors import CompileError, ConfigError
+from .following import check_model, follow
 from .passes import run_passes
+from .passes._naming import call_sites
 from .passes.lower import lower_encoders
 from .passes.partition import baseline, partition
 from .plan import Plan, Role
@@ -100,7 +104,10 @@ def compile_graph(
     roles = [
         input_role(node, value) for node, value in zip(graph.graph.find_nodes(op="placeholder"), inputs, strict=True)
     ]
-    record = records.add(config, roles)
+    sites = call_sites(graph.graph)
+    if isinstance(config.plan, Plan):
+        check_model(config.plan, sites, is_part_of_model())
+    record = records.add(config, roles, sites)
     seeded, fake_seed = add_scalar_input(graph, "actcompile_seed", torch.zeros((), dtype=torch.int64, device=device))
     roles = [*roles, Role.SEED]
 
@@ -114,7 +121,10 @@ def compile_graph(
 
     def run(*args: Any) -> Any:
         record.see_parameters(args)
-        return compiled(*args, next_seed(config.seed, device))
+        # Where DDP cuts a model into parts, each is called with fake tensors first: that is no step.
+        is_traced = any(is_fake(value) for value in args)
+        seed = torch.zeros_like(fake_seed) if is_traced else next_seed(config.seed, device)
+        return compiled(*args, seed)
 
     return run
 
@@ -122,7 +132,8 @@ def compile_graph(
 class ProbedFirst:
     """A graph that is interpreted until its first backward was probed, and then compiled, once, with the plan solved.
 
-    Forwards before that backward, of validation too, are interpreted as well.
+    Forwards before that backward, of validation too, are interpreted as well. Where the same code was probed at other
+    sizes, its plan is there at the first call, and nothing is interpreted.
     """
 
     def __init__(
@@ -135,14 +146,13 @@ class ProbedFirst:
         self._record = record
         self._reenter = reentrant_tracing()
         self._current = compile_with(None, record.probe.interpret)
-        self._compile: Callable[[], Callable[..., Any]] | None = lambda: compile_with(
-            records.solved_plan(record), interpret
-        )
+        self._compile: Callable[[Plan], Callable[..., Any]] | None = lambda plan: compile_with(plan, interpret)
 
     def __call__(self, *args: Any) -> Any:
-        if self._compile is not None and self._record.profile is not None:
+        plan = None if self._compile is None else records.found_plan(self._record)
+        if self._compile is not None and plan is not None:
             with self._reenter():
-                self._current = self._compile()
+                self._current = self._compile(plan)
             self._compile = None
         return self._current(*args)
 
@@ -178,10 +188,11 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
             **kwargs,
         )
         rows = analyze(pair)
-        if self.plan is None:
-            plan = make_plan(rows, self.config, self.record.budget_nbytes())
+        given = self.config.plan if self.plan is None else self.plan
+        if isinstance(given, Plan):
+            plan = follow(given, rows, self.config)
         else:
-            plan = self.plan.select(rows)
+            plan = make_plan(rows, self.config, self.record.budget_nbytes())
         run_passes(pair, plan)
         if self.lowered:
             lower_encoders(pair, plan)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
-from .plan import Action, Plan
+from .plan import Plan
 
 # Bits that a code can have; EXACT_BITS keeps every tensor's own bits, so that only the lossless passes run.
 CODE_BITS = (1, 2, 3, 4, 6, 8)
@@ -61,6 +61,8 @@ class Config:
         offload: Moves codes to the host's memory. Not available in this release.
         min_numel: Tensors with fewer elements stay exact. Default 4096.
         skip: Module-name patterns, as of fnmatch, whose tensors stay exact.
+        overrides: Module-name pattern -> code bits of its tensors, 1, 2, 3, 4, 6 or 8, or 32 for exact, whatever the
+            target or a plan says; the first pattern that matches counts. Kept as pairs.
         seed: Of the rounding noise; the default is torch.initial_seed().
         profile_every: Steps between two sensitivity profiles. Not available in this release.
         plan: A Plan, or the path of a saved one, that is followed as it is.
@@ -82,6 +84,7 @@ class Config:
     offload: bool | None = None
     min_numel: int | None = None
     skip: tuple[str, ...] = ()
+    overrides: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
     seed: int | None = None
     profile_every: int | None = None
     plan: Plan | str | os.PathLike[str] | None = None
@@ -92,6 +95,9 @@ class Config:
     def __post_init__(self) -> None:
         _check_level(self.level)
         object.__setattr__(self, "_level_settings", LEVELS[self.level] if self.level else {})
+        if isinstance(self.overrides, Mapping):
+            # The caller's dict may change later, and has no hash.
+            object.__setattr__(self, "overrides", tuple(self.overrides.items()))
         for check in _CHECKS:
             check(self)
 
@@ -152,9 +158,14 @@ class Config:
     @property
     def lossy(self) -> bool:
         """Whether any saved tensor may come back with rounding noise; a plan must be resolved."""
-        if isinstance(self.plan, Plan):
-            return any(decision.action is Action.QUANTIZE for decision in self.plan.values())
-        return self.code_bits is not None
+        chosen = self.plan.lossy if isinstance(self.plan, Plan) else self.code_bits is not None
+        return chosen or any(bits != EXACT_BITS for _, bits in self.override_pairs)
+
+    @property
+    def override_pairs(self) -> tuple[tuple[str, int], ...]:
+        """The pairs of ``overrides``."""
+        assert isinstance(self.overrides, tuple)
+        return self.overrides
 
     @property
     def smallest_numel(self) -> int:
@@ -269,6 +280,21 @@ def _check_choices(config: Config) -> None:
         raise ConfigError(f"plan must be an actcompile.Plan or the path of a saved one, got {config.plan!r}")
 
 
+def _check_overrides(config: Config) -> None:
+    rule = 'overrides must map module-name patterns to bits, such as {"head": 8, "*.norm": 32}'
+    pairs = config.overrides
+    if not isinstance(pairs, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+        raise ConfigError(f"{rule}, got {pairs!r}")
+    for pattern, bits in pairs:
+        if not isinstance(pattern, str):
+            raise ConfigError(f"{rule}, got the pattern {pattern!r}")
+        if not _is_int(bits) or bits not in (*CODE_BITS, EXACT_BITS):
+            raise ConfigError(
+                f"overrides must give one of {', '.join(map(str, CODE_BITS))} bits, or {EXACT_BITS} for exact, got "
+                f"{bits!r} for {pattern!r}: choose the nearest of them"
+            )
+
+
 def _check_availability(config: Config) -> None:
     for name, remedy in _NOT_YET.items():
         value = config.setting(name)
@@ -285,5 +311,6 @@ _CHECKS = (
     _check_memory,
     _check_numbers,
     _check_choices,
+    _check_overrides,
     _check_availability,
 )

@@ -15,7 +15,7 @@ Terms, used throughout with these meanings:
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -26,7 +26,8 @@ import torch
 from .errors import ConfigError
 
 PLAN_FORMAT = "actcompile plan"
-PLAN_VERSION = 1
+PLAN_VERSION = 2
+_READABLE_VERSIONS = (1, 2)
 
 
 class Action(str, Enum):
@@ -82,13 +83,17 @@ class SavedTensor:
 
 @dataclass(frozen=True)
 class Decision:
-    """What is stored in place of one saved tensor, and why."""
+    """What is stored in place of one saved tensor, and why.
+
+    ``by_size`` says that it is kept because of its size alone: another batch size decides again.
+    """
 
     action: Action
     reason: str
     bits: int | None = None
     group_size: int | None = None
     dtype: torch.dtype | None = None
+    by_size: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,9 +120,20 @@ class Profile:
 
 @dataclass(frozen=True)
 class Plan(Mapping[str, Decision]):
-    """Decisions by row key. Reads like a dict; saved as JSON."""
+    """Decisions by row key. Reads like a dict; saved as JSON.
+
+    Args:
+        decisions: The decisions.
+        graphs: Of each graph that it was made for, what the graph computes (``_naming.call_sites``); nothing in a plan
+            made by hand, which serves any model with its keys.
+        otherwise: What floating-point tensors get that were too small, or not saved, at the sizes it was made at.
+        min_numel: Elements below which it kept tensors.
+    """
 
     decisions: Mapping[str, Decision] = field(default_factory=dict)
+    graphs: tuple[tuple[str, ...], ...] = ()
+    otherwise: Decision | None = None
+    min_numel: int = 0
 
     def __getitem__(self, key: str) -> Decision:
         return self.decisions[key]
@@ -128,10 +144,23 @@ class Plan(Mapping[str, Decision]):
     def __len__(self) -> int:
         return len(self.decisions)
 
+    @property
+    def lossy(self) -> bool:
+        """Whether any saved tensor may come back with rounding noise."""
+        decisions = [*self.decisions.values(), *([self.otherwise] if self.otherwise else [])]
+        return any(decision.action is Action.QUANTIZE for decision in decisions)
+
     def to_json(self) -> str:
         """The plan as a JSON document."""
-        entries = {key: _to_jsonable(decision) for key, decision in self.decisions.items()}
-        return json.dumps({"format": PLAN_FORMAT, "version": PLAN_VERSION, "decisions": entries}, indent=1)
+        document: dict[str, Any] = {
+            "format": PLAN_FORMAT,
+            "version": PLAN_VERSION,
+            "graphs": self.graphs,
+            "otherwise": self.otherwise and _to_jsonable(self.otherwise),
+            "min_numel": self.min_numel,
+            "decisions": {key: _to_jsonable(decision) for key, decision in self.decisions.items()},
+        }
+        return json.dumps(document, indent=1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan to ``path``."""
@@ -145,53 +174,73 @@ class Plan(Mapping[str, Decision]):
             ConfigError: When the file is missing, truncated, or not a plan of this version.
         """
         try:
-            document = json.loads(Path(path).read_text())
+            text = Path(path).read_text()
         except OSError as error:
             raise ConfigError(f"plan must name a readable file, got {str(path)!r} ({error.strerror})") from error
         except ValueError as error:
-            raise ConfigError(
-                f"plan must be a complete JSON file, got {str(path)!r}, which breaks off or is damaged ({error}): "
-                "write it again with plan.save"
-            ) from error
-        if not isinstance(document, dict) or document.get("format") != PLAN_FORMAT:
-            raise ConfigError(f"plan must be a file written by plan.save, got {str(path)!r}, which is something else")
-        if document.get("version") != PLAN_VERSION:
-            raise ConfigError(
-                f"plan files of version {PLAN_VERSION} are read, got version {document.get('version')!r} in "
-                f"{str(path)!r}: write it again with this release"
-            )
-        try:
-            return cls({key: _from_jsonable(entry) for key, entry in document["decisions"].items()})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(
-                f"plan {str(path)!r} holds a decision that cannot be read ({error!r}): write it again with plan.save"
-            ) from error
+            raise _damaged(str(path), error) from error
+        return cls.from_json(text, str(path))
 
-    def select(self, rows: Sequence[SavedTensor]) -> "Plan":
-        """The decisions for ``rows``, in their order.
+    @classmethod
+    def from_json(cls, text: str, origin: str) -> "Plan":
+        """Reads what ``to_json`` wrote; errors call it ``origin``.
 
         Raises:
-            ConfigError: When a row has no decision: the plan belongs to another model.
+            ConfigError: When it is truncated, or not a plan of a version that is read.
         """
-        for row in rows:
-            if row.key not in self.decisions:
-                raise ConfigError(
-                    f"plan must cover every saved tensor of the model, got one without an entry for {row.key!r} "
-                    f"({row.op} in {row.module or 'the model'}): it was made for another model; make one for this model"
-                )
-        return Plan({row.key: self.decisions[row.key] for row in rows})
+        try:
+            document = json.loads(text)
+        except ValueError as error:
+            raise _damaged(origin, error) from error
+        if not isinstance(document, dict) or document.get("format") != PLAN_FORMAT:
+            raise ConfigError(f"plan must be a file written by plan.save, got {origin!r}, which is something else")
+        if document.get("version") not in _READABLE_VERSIONS:
+            raise ConfigError(
+                f"plan files of versions {', '.join(map(str, _READABLE_VERSIONS))} are read, got version "
+                f"{document.get('version')!r} in {origin!r}: write it again with this release"
+            )
+        try:
+            return _from_document(document)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"plan {origin!r} holds a decision that cannot be read ({error!r}): write it again with plan.save"
+            ) from error
 
     def merged(self, other: "Plan") -> "Plan":
-        """This plan with the decisions of ``other`` added."""
-        return replace(self, decisions={**self.decisions, **other.decisions})
+        """This plan with the decisions and graphs of ``other`` added."""
+        return replace(
+            self,
+            decisions={**self.decisions, **other.decisions},
+            graphs=tuple(dict.fromkeys((*self.graphs, *other.graphs))),
+            otherwise=self.otherwise or other.otherwise,
+            min_numel=max(self.min_numel, other.min_numel),
+        )
+
+
+def _damaged(origin: str, error: ValueError) -> ConfigError:
+    return ConfigError(
+        f"plan must be a complete JSON file, got {origin!r}, which breaks off or is damaged ({error}): write it again "
+        "with plan.save"
+    )
 
 
 def _to_jsonable(decision: Decision) -> dict[str, Any]:
-    entry = {name: value for name, value in asdict(decision).items() if value is not None}
+    entry = {name: value for name, value in asdict(decision).items() if value is not None and value is not False}
     entry["action"] = str(decision.action)
     if decision.dtype is not None:
         entry["dtype"] = str(decision.dtype).removeprefix("torch.")
     return entry
+
+
+def _from_document(document: dict[str, Any]) -> Plan:
+    """A plan from what ``Plan.to_json`` wrote; version 1 knows decisions alone."""
+    otherwise = document.get("otherwise")
+    return Plan(
+        {key: _from_jsonable(entry) for key, entry in document["decisions"].items()},
+        graphs=tuple(tuple(map(str, sites)) for sites in document.get("graphs", ())),
+        otherwise=otherwise and _from_jsonable(otherwise),
+        min_numel=int(document.get("min_numel", 0)),
+    )
 
 
 def _from_jsonable(entry: dict[str, Any]) -> Decision:

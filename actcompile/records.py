@@ -1,32 +1,40 @@
 """What is remembered about the graphs of this process, for reports."""
 
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ._torch import current_frame
+from ._torch import current_frame, is_fake
 from .config import Config, parse_nbytes
+from .distributed import num_ranks, plan_of_rank_0
+from .following import follow
 from .memory import Timeline, step_timeline
 from .plan import Plan, Profile, Role, SavedTensor
-from .planner import ProbedGraph, solve, stored_nbytes
+from .planner import ProbedGraph, counted_nbytes, solve, stored_nbytes
 from .sensitivity import Probe
+
+log = logging.getLogger(__name__)
 
 _records: list["GraphRecord"] = []
 
 
 class GraphRecord:
-    """One compiled training graph: its rows, its plan and the parameters it was called with."""
+    """One compiled training graph: what it computes, its rows, its plan and the parameters it was called with."""
 
-    def __init__(self, config: Config, roles: Sequence[Role]) -> None:
+    def __init__(self, config: Config, roles: Sequence[Role], sites: tuple[str, ...] = ()) -> None:
         self.config = config
         self.rows: list[SavedTensor] = []
         self.plan = Plan()
         self.count_baseline: Callable[[], int] = lambda: 0
         self.timeline: Timeline | None = None
         self.probe: Probe | None = None
+        self.sites = sites
+        self.solved: Plan | None = None
         self._frame = current_frame()
         self.roles = roles
         self._parameters: list[weakref.ref[torch.Tensor]] | None = None
@@ -50,7 +58,8 @@ class GraphRecord:
 
     def finish(self, rows: Sequence[SavedTensor], plan: Plan, pair: Any) -> None:
         """Fills in what the partitioner found."""
-        self.rows, self.plan = list(rows), plan
+        self.rows = list(rows)
+        self.plan = plan if plan.graphs else replace(plan, graphs=(self.sites,))
         self.timeline = step_timeline(pair.forward.graph, pair.backward.graph)
         if self.probe is not None and self.probe.profile is None:
             stored = sum(stored_nbytes(row, plan[row.key]) for row in rows if row.role is Role.ACTIVATION)
@@ -58,7 +67,8 @@ class GraphRecord:
 
     def see_parameters(self, args: Sequence[Any]) -> None:
         """Remembers, at the first call, whose parameters the graph works on."""
-        if self._parameters is None:
+        # Where DDP cuts a model into parts, Dynamo calls each with fake tensors first.
+        if self._parameters is None and not any(is_fake(value) for value in args):
             pairs = zip(self.roles, args, strict=False)
             self._parameters = [weakref.ref(value) for role, value in pairs if role is Role.PARAMETER]
 
@@ -71,37 +81,89 @@ class GraphRecord:
         """Whether ``earlier`` is the same code of the same model, compiled for other sizes."""
         if self._frame is None or self._frame != earlier._frame or self._parameters is None:
             return False
-        return [id(reference()) for reference in self._parameters] == [
-            id(reference()) for reference in earlier._parameters or ()
-        ]
+        # Python keeps one reference per tensor; what they refer to may be gone.
+        return list(map(id, self._parameters)) == list(map(id, earlier._parameters or ()))
 
     def summary(self) -> str:
         """One line for the log."""
         counted = [row for row in self.rows if row.role in (Role.ACTIVATION, Role.BOUNDARY)]
-        saved = sum(stored_nbytes(row, self.plan[row.key]) for row in counted)
         return (
-            f"{len(counted)} saved tensors, {saved / 2**20:.1f} MiB stored, "
+            f"{len(counted)} saved tensors, {counted_nbytes(self.rows, self.plan) / 2**20:.1f} MiB stored, "
             f"{self.baseline_nbytes / 2**20:.1f} MiB with torch.compile"
         )
 
 
-def solved_plan(record: GraphRecord) -> Plan:
-    """The plan of a graph that was probed, solved together with those of the other graphs with the same settings.
+def found_plan(record: GraphRecord) -> Plan | None:
+    """The plan of a graph as soon as it is known: from its own probe, or from that of the same code at other sizes.
 
     Raises:
         ConfigError: When no plan reaches the target.
+        CompileError: When rank 0's plan does not arrive.
     """
+    earlier = next((other for other in reversed(_records) if _serves(other, record)), None)
+    if earlier is None:
+        return None
+    plan = solved_plan(earlier)
+    if earlier is record:
+        return plan
+    followed = follow(plan, record.rows, record.config)
+    budget = _budget_again(record, earlier)
+    if budget is None or counted_nbytes(record.rows, followed) <= budget:
+        return followed
+    if num_ranks() > 1:
+        log.warning("a batch of this size takes more than memory=%r: ranks keep one plan", record.config.memory)
+        return followed
+    assert earlier.profile is not None
+    return replace(solve([ProbedGraph(record.rows, earlier.profile)], record.config, budget)[0], graphs=plan.graphs)
+
+
+def _budget_again(record: GraphRecord, earlier: GraphRecord) -> float | None:
+    """Bytes for the graph of ``earlier`` at the sizes of ``record``: its share, whatever sizes others have by now."""
+    budget = record.budget_nbytes()
+    if budget is None:
+        return None
+    known = [(o, o.solved) for o in _records if o.config == record.config and o.solved is not None]
+    stored = sum(counted_nbytes(other.rows, plan) for other, plan in known)
+    if isinstance(record.config.memory, float):
+        total = sum(other.budget_nbytes() or 0 for other, _ in known)
+        budget = total * record.baseline_nbytes / earlier.baseline_nbytes
+    return budget * counted_nbytes(earlier.rows, solved_plan(earlier)) / stored
+
+
+def _serves(other: GraphRecord, record: GraphRecord) -> bool:
+    """Whether what probing ``other`` found holds for ``record``: itself, or the same code at other sizes."""
+    if other.profile is None or other.config != record.config:
+        return False
+    return other is record or (other.sites == record.sites and record.replaces(other))
+
+
+def solved_plan(record: GraphRecord, purpose: str = "train") -> Plan:
+    """The plan of a graph that was probed, solved once; with several ranks it is what rank 0 found for ``purpose``.
+
+    Raises:
+        ConfigError: When no plan reaches the target.
+        CompileError: When rank 0's plan does not arrive.
+    """
+    if record.solved is None:
+        plan = plan_of_rank_0(purpose, record.sites, record.config, lambda: _solve(record))
+        record.solved = follow(plan, record.rows, record.config)
+    return record.solved
+
+
+def _solve(record: GraphRecord) -> Plan:
+    """The plan of a probed graph, solved together with those of the other graphs with the same settings."""
     together = [other for other in _records if other.config == record.config and other.profile is not None]
     graphs = [ProbedGraph(other.rows, other.profile) for other in together if other.profile is not None]
     # A share of each graph, or one number of bytes for all of them.
     budgets = [other.budget_nbytes() for other in together]
     budget = sum(filter(None, budgets)) if isinstance(record.config.memory, float) else budgets[0]
-    return solve(graphs, record.config, budget)[together.index(record)]
+    plan = solve(graphs, record.config, budget)[together.index(record)]
+    return replace(plan, graphs=(record.sites,))
 
 
-def add(config: Config, roles: Sequence[Role]) -> GraphRecord:
+def add(config: Config, roles: Sequence[Role], sites: tuple[str, ...]) -> GraphRecord:
     """A new record, kept until ``clear``."""
-    record = GraphRecord(config, roles)
+    record = GraphRecord(config, roles, sites)
     _records.append(record)
     return record
 

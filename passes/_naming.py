@@ -4,6 +4,7 @@ import operator
 import re
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import fx
 
 # Our own frames around the user's model.
@@ -39,10 +40,31 @@ def source_line(node: fx.Node) -> str:
     return f"{found[-1][0].rsplit('/', 1)[-1]}:{found[-1][1]}" if found else ""
 
 
+def call_sites(graph: fx.Graph) -> tuple[str, ...]:
+    """What a graph of Dynamo's computes, without sizes: module and function of every node that yields tensors."""
+    calls = (node for node in graph.nodes if node.op in ("call_function", "call_method", "call_module"))
+    return tuple(f"{module_path(node)}/{_called(node)}" for node in calls if _yields_tensors(node))
+
+
+def _called(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def _yields_tensors(node: fx.Node) -> bool:
+    value = node.meta.get("example_value")
+    # Sizes, and the tuples that pass between parts of a graph, come and go with the batch and the bucket.
+    first = value[0] if isinstance(value, tuple | list) and value else value
+    return node.target is not operator.getitem and isinstance(first, torch.Tensor)
+
+
 def saved_keys(nodes: Sequence[fx.Node]) -> Iterator[str]:
-    """One key per saved tensor that survives other batch sizes, ranks and restarts: module, operator, number."""
+    """One key per saved tensor that survives other batch sizes, ranks and restarts: module, operator, number.
+
+    Inputs of the graph are called after the first module that uses them: parts of one model each have their own.
+    """
     seen: dict[str, int] = {}
     for node in nodes:
-        stem = f"{module_path(node)}/{operator_name(node)}"
+        named = next((user for user in node.users if module_path(user)), node) if node.op == "placeholder" else node
+        stem = f"{module_path(named)}/{operator_name(node)}"
         seen[stem] = seen.get(stem, 0) + 1
         yield stem if seen[stem] == 1 else f"{stem}#{seen[stem]}"

@@ -33,6 +33,11 @@ REJECTED = [
     ({"lowering": "triton"}, ["lowering must be one of inductor, eager", "'triton'"]),
     ({"auto": 1}, ["auto must be True or False", "1"]),
     ({"skip": "head"}, ["skip must be a tuple of module-name patterns", "'head'"]),
+    ({"overrides": {"head": 5}}, ["overrides must give one of 1, 2, 3, 4, 6, 8 bits", "5 for 'head'", "nearest"]),
+    ({"overrides": {"head": True}}, ["overrides must give one of", "True for 'head'"]),
+    ({"overrides": {3: 4}}, ["overrides must map module-name patterns", "the pattern 3"]),
+    ({"overrides": ["head"]}, ["overrides must map module-name patterns", "['head']"]),
+    ({"overrides": ("head", 4)}, ["overrides must map module-name patterns", "('head', 4)"]),
     ({"plan": 3}, ["plan must be an actcompile.Plan or the path", "3"]),
     ({"plan": Plan(), "bits": 4}, ["a plan already says what is stored", "bits", "one or the other"]),
     ({"level": "L9"}, ["level must be one of L0, L1", "'L9'"]),
@@ -59,6 +64,20 @@ def test_what_is_not_there_yet_says_so(name: str) -> None:
 def test_default_is_4_bits() -> None:
     assert Config().code_bits == 4
     assert Config().lossy
+
+
+def test_overrides_are_frozen_and_hashable() -> None:
+    given = {"head": 8, "*": 32}
+    config = Config(overrides=given)
+    given["head"] = 1
+    assert config.override_pairs == (("head", 8), ("*", 32))
+    assert hash(config) == hash(Config.from_options({"overrides": {"head": 8, "*": 32}}))
+    assert dataclasses.replace(config, bits=2).override_pairs == config.override_pairs
+
+
+def test_overrides_make_lossless_settings_lossy() -> None:
+    assert not Config(bits=32, overrides={"head": 32}).lossy
+    assert Config(bits=32, overrides={"head": 8}).lossy
 
 
 def test_frozen_and_keyword_only() -> None:

@@ -1,15 +1,17 @@
 """Plan: saved, loaded, followed by another batch size, refused for another model."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 import actcompile
-from actcompile import ConfigError, Plan
-from actcompile.plan import Action, Decision
+from actcompile import Config, ConfigError, Plan, records
+from actcompile.plan import Action, Decision, SavedTensor
 
 EAGER = {"lowering": "eager", "min_numel": 0}
 
@@ -19,6 +21,7 @@ PLAN = Plan(
         "1/gt": Decision(Action.PACK, "a mask"),
         "2/max": Decision(Action.NARROW, "small", dtype=torch.int16),
         "2/max#2": Decision(Action.KEEP, "it is a statistic"),
+        "3/mul": Decision(Action.KEEP, "small", by_size=True),
     }
 )
 
@@ -33,8 +36,6 @@ def run(model: nn.Module, batch: int = 64, **options: object) -> None:
 
 
 def plan_of(model: nn.Module) -> Plan:
-    from actcompile import records
-
     (record,) = records.finished()
     return record.plan
 
@@ -43,11 +44,14 @@ def test_round_trip(tmp_path: Path) -> None:
     PLAN.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == PLAN
     assert Plan.load(str(tmp_path / "plan.json")).to_json() == PLAN.to_json()
+    full = replace(PLAN, graphs=(("0/linear", "/relu"), ("1/linear",)), otherwise=PLAN["0/addmm"], min_numel=99)
+    full.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == full
 
 
 def test_reads_like_a_dict() -> None:
-    assert len(PLAN) == 4
-    assert list(PLAN) == ["0/addmm", "1/gt", "2/max", "2/max#2"]
+    assert len(PLAN) == 5
+    assert list(PLAN) == ["0/addmm", "1/gt", "2/max", "2/max#2", "3/mul"]
     assert PLAN["1/gt"].action is Action.PACK
     assert PLAN.get("nothing") is None
 
@@ -55,7 +59,7 @@ def test_reads_like_a_dict() -> None:
 def test_merged() -> None:
     other = Plan({"1/gt": Decision(Action.KEEP, "kept"), "9/mm": Decision(Action.KEEP, "kept")})
     merged = PLAN.merged(other)
-    assert len(merged) == 5
+    assert len(merged) == 6
     assert merged["1/gt"].action is Action.KEEP
     assert PLAN["1/gt"].action is Action.PACK
 
@@ -67,7 +71,7 @@ def test_merged() -> None:
         ("", "must be a complete JSON file"),
         ("[1, 2]", "must be a file written by plan.save"),
         ('{"format": "something", "version": 1}', "must be a file written by plan.save"),
-        (PLAN.to_json().replace('"version": 1', '"version": 99'), "version 99"),
+        (PLAN.to_json().replace('"version": 2', '"version": 99'), "version 99"),
         (PLAN.to_json().replace('"quantize"', '"squash"'), "holds a decision that cannot be read"),
         (PLAN.to_json().replace('"int16"', '"int17"'), "holds a decision that cannot be read"),
         (json.dumps({"format": "actcompile plan", "version": 1}), "holds a decision that cannot be read"),
@@ -98,6 +102,90 @@ def test_a_plan_serves_other_batch_sizes(tmp_path: Path) -> None:
     assert {row.bits for row in report.rows if row.action == "quantize"} == {2}
     assert {row.shape[0] for row in report.rows if row.action == "quantize"} == {96}
     assert plan_of(model) == plan
+
+
+@pytest.mark.parametrize("dynamic", [True, None, False])
+def test_a_plan_serves_every_kind_of_batch_size(dynamic: bool | None) -> None:
+    """Static shapes, sizes that become dynamic, and sizes that are dynamic from the start; one size below min_numel."""
+    model = layers(width=256)
+    example = torch.randn(4, 64)
+    plan = actcompile.profile(model, example, loss=lambda y: y.square().sum(), config=Config(min_numel=512))
+    assert {row.numel < 512 for row in rows_of(model, example, plan)} == {True, False}
+    step = torch.compile(model, backend="act", dynamic=dynamic, options={"plan": plan, "lowering": "eager"})
+    for batch in (32, 33, 9):
+        x = torch.randn(batch, 64)
+        exact = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+        noisy = torch.autograd.grad(step(x).square().sum(), list(model.parameters()))
+        flat = [torch.cat([value.flatten() for value in values]) for values in (noisy, exact)]
+        assert 0.97 < torch.cosine_similarity(*flat, dim=0) < 1
+    for record in records.finished():
+        decided = {row.key: record.plan[row.key] for row in record.rows}
+        # What was kept for being small at 4 samples is not at 32.
+        small = [key for key in plan if plan[key].by_size]
+        assert small and all(decided[key].action is not Action.KEEP for key in small)
+        assert all(decided[key] == plan[key] for key in plan if key not in small)
+
+
+def rows_of(model: nn.Module, example: torch.Tensor, plan: Plan) -> list[SavedTensor]:
+    """The activations that ``model`` saves for ``example``."""
+    run = torch.compile(model, backend="act", options={"plan": plan, "lowering": "eager"})
+    run(example).sum().backward()
+    (record,) = records.finished()
+    actcompile.reset()
+    return [row for row in record.rows if not row.obstacle]
+
+
+def test_numbers_that_dynamo_passes_as_tensors() -> None:
+    """Under dynamic shapes, a momentum becomes an input."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 8))
+    plan = actcompile.profile(model, torch.randn(4, 64), loss=torch.sum, config=Config(min_numel=0))
+    step = torch.compile(model, backend="act", dynamic=True, options={"plan": plan, "lowering": "eager"})
+    for batch in (32, 33):
+        step(torch.randn(batch, 64)).sum().backward()
+    (record,) = records.finished()
+    # Here the partition saves some statistics in place of others.
+    assert any(row.key not in plan for row in record.rows)
+    codes = [row.key for row in record.rows if row.key in plan and plan[row.key].action is Action.QUANTIZE]
+    assert codes and all(record.plan[key] == plan[key] for key in codes)
+    assert {row.symbolic_shape[0] for row in record.rows if row.key in codes} != {"32"}
+    assert counters["graph_break"].total() == 0
+
+
+def test_files_of_version_1_are_read(tmp_path: Path) -> None:
+    document = json.loads(PLAN.to_json())
+    old = {"format": document["format"], "version": 1, "decisions": document["decisions"]}
+    (tmp_path / "plan.json").write_text(json.dumps(old))
+    assert Plan.load(tmp_path / "plan.json") == PLAN
+
+
+def stack(depth: int) -> nn.Sequential:
+    return nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(depth)), nn.Linear(64, 8))
+
+
+@pytest.mark.parametrize(("made_for", "used_on"), [(4, 2), (2, 4)])
+def test_a_plan_of_a_deeper_or_shallower_model_is_refused(made_for: int, used_on: int) -> None:
+    plan = actcompile.profile(stack(made_for), torch.randn(4, 64), loss=torch.sum, config=Config(min_numel=0))
+    calls = {depth: f"'{2}.0/linear'" if depth == 4 else "'2/linear'" for depth in (made_for, used_on)}
+    message = f"computes {calls[made_for]} where this model computes {calls[used_on]}: it was made for another model"
+    with pytest.raises(ConfigError, match=message):
+        run(stack(used_on), plan=plan)
+
+
+def test_a_plan_serves_every_graph_of_its_model() -> None:
+    """At graph breaks, and each graph gets what was found for it."""
+    first, second = layers(), nn.Sequential(nn.Linear(8, 64), nn.Sigmoid(), nn.Linear(64, 4))
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        y = first(x)
+        torch._dynamo.graph_break()
+        return second(y.sin()).square().sum()
+
+    plan = actcompile.profile(function, torch.randn(4, 64), config=Config(min_numel=0))
+    assert len(plan.graphs) == 2
+    torch.compile(function, backend="act", options={**EAGER, "plan": plan})(torch.randn(32, 64)).backward()
+    found = [dict(record.plan) for record in records.finished()]
+    assert len(found) == 2
+    assert all(plan[key] == decision for part in found for key, decision in part.items())
 
 
 def test_a_lossless_plan_can_be_followed() -> None:

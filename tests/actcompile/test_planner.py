@@ -46,6 +46,14 @@ DECISIONS = [
     (row(), {"skip": ("blocks.*",)}, Action.KEEP, None, "its module matches 'blocks.*' (skip)"),
     (row(), {"skip": ("head", "blocks.?.fc")}, Action.KEEP, None, "'blocks.?.fc'"),
     (row(), {"skip": ("fc",)}, Action.QUANTIZE, 4, "uniform bits"),
+    (row(), {"overrides": {"blocks.*": 8}}, Action.QUANTIZE, 8, "its module matches 'blocks.*' (overrides)"),
+    (row(), {"overrides": {"*.fc": 2, "blocks.*": 8}}, Action.QUANTIZE, 2, "'*.fc' (overrides)"),
+    (row(), {"overrides": {"fc": 8}}, Action.QUANTIZE, 4, "uniform bits"),
+    (row(), {"overrides": {"blocks.*": 32}}, Action.KEEP, None, "its module matches 'blocks.*' (overrides)"),
+    (row(), {"level": "L0", "overrides": {"*": 8}}, Action.QUANTIZE, 8, "(overrides)"),
+    (row(), {"skip": ("*",), "overrides": {"*": 8}}, Action.KEEP, None, "(skip)"),
+    (row(dtype=torch.bool), {"overrides": {"*": 32}}, Action.PACK, None, "one bit per element"),
+    (row(obstacle="it is a statistic"), {"bits": 2, "overrides": {"*": 8}}, Action.KEEP, None, "it is a statistic"),
     (row(obstacle="it is a statistic"), {"bits": 2}, Action.KEEP, None, "it is a statistic"),
     (row(dtype=torch.bool), {}, Action.PACK, None, "one bit per element"),
     (row(dtype=torch.bool), {"level": "L0"}, Action.PACK, None, "one bit per element"),
@@ -109,17 +117,6 @@ def test_every_row_has_one_decision_with_a_reason() -> None:
 def test_the_same_rows_give_the_same_plan() -> None:
     rows = [replace(one, key=f"{i}") for i, (one, *_) in enumerate(DECISIONS)]
     assert make_plan(rows, Config(bits=2)) == make_plan(list(rows), Config(bits=2))
-
-
-def test_a_given_plan_is_followed() -> None:
-    kept = Decision(Action.KEEP, "by hand")
-    given = Plan({ROW.key: kept, "another graph's": Decision(Action.PACK, "")})
-    assert dict(make_plan([ROW], Config(plan=given))) == {ROW.key: kept}
-
-
-def test_a_plan_without_the_row_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"without an entry for 'blocks.0.fc/gelu' \(gelu in blocks.0.fc\)"):
-        make_plan([ROW], Config(plan=Plan()))
 
 
 def probed(sensitivities: dict[str, float], numel: int = 2**16) -> ProbedGraph:
@@ -196,6 +193,64 @@ def test_noise_is_reached_with_few_bytes(noise: float) -> None:
     assert total_noise(graph, plan) <= noise
     (finer,) = solve([graph], Config(noise=noise / 10))
     assert total_nbytes(graph, plan) < total_nbytes(graph, finer)
+
+
+def overridden(sensitivities: dict[str, float]) -> ProbedGraph:
+    """As ``probed``, with tensors of modules that are called as their keys."""
+    graph = probed(sensitivities)
+    return replace(graph, rows=[replace(one, module=one.key) for one in graph.rows])
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_overrides_are_obeyed_and_their_bytes_count(bits: int) -> None:
+    graph = overridden({"a": 1.0, "b": 1e-3, "c": 1e-6})
+    config = Config(bits=bits, auto=True, overrides={"c": 3})
+    (plan,) = solve([graph], config)
+    assert plan["c"].bits == 3
+    assert total_nbytes(graph, plan) <= 3 * (2**16 * bits / 8 + 2**16 / 256 * 6)
+    (exact,) = solve([graph], Config(bits=bits, auto=True, overrides={"c": 32}))
+    assert exact["c"].action is Action.KEEP
+    assert total_nbytes(graph, exact) <= 2 * (2**16 * bits / 8 + 2**16 / 256 * 6) + 2**18
+
+
+def test_memory_counts_what_is_overridden() -> None:
+    graph = overridden({"a": 1.0, "b": 1e-3, "c": 1e-6})
+    config = Config(memory=110_000, overrides={"c": 8})
+    (plan,) = solve([graph], config, 110_000)
+    assert plan["c"].bits == 8
+    assert total_nbytes(graph, plan) <= 110_000
+    with pytest.raises(ConfigError, match="memory must leave room"):
+        solve([graph], config, 2**16)
+
+
+def test_noise_counts_what_is_overridden() -> None:
+    graph = overridden({"a": 1.0, "b": 1.0, "c": 1e-2})
+    (plan,) = solve([graph], Config(noise=1.1e-2, overrides={"c": 1}))
+    assert plan["c"].bits == 1
+    assert total_noise(graph, plan) <= 1.1e-2
+    assert total_noise(graph, plan) - graph.profile.sensitivities["c"].variance[1] > 0
+
+
+def test_what_is_to_be_probed_is_rounded_even_where_exact_tensors_fit() -> None:
+    rows = probed({"a": 1.0}).rows
+    assert make_plan(rows, Config(memory=10**9), 10**9)["a"].bits == 8
+    assert make_plan(rows, Config(memory=10**9, auto=False), 10**9)["a"].action is Action.KEEP
+
+
+def test_overrides_that_leave_no_bits_for_the_rest() -> None:
+    with pytest.raises(ConfigError, match=r"bits must leave at least 1 bit .*mean of 2.*overrides={'c': 8}"):
+        solve([overridden({"a": 1.0, "b": 1.0, "c": 1.0})], Config(bits=2, auto=True, overrides={"c": 8}))
+
+
+def test_a_plan_says_what_others_get() -> None:
+    """Tensors that are too small here, or not saved, get the mean bits elsewhere."""
+    (plan,) = solve([probed({"a": 1.0, "b": 1.0})], Config(bits=3, auto=True, min_numel=77))
+    assert plan.otherwise is not None
+    assert (plan.otherwise.bits, plan.min_numel) == (3, 77)
+    uniform = make_plan([ROW], Config(bits=2))
+    assert uniform.otherwise is not None and uniform.otherwise.bits == 2
+    assert not make_plan([ROW], Config(level="L0")).lossy
+    assert make_plan([row(numel=10)], Config()).lossy
 
 
 def test_rows_that_must_stay_exact_are_not_allocated() -> None:

@@ -1,15 +1,19 @@
 """profile: plans ahead of training, for any batch size, and nothing changed by it."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import actcompile
-from actcompile import Config, ConfigError, Plan
+from actcompile import Config, ConfigError, Plan, backend, records
+from actcompile.following import follow
+from actcompile.planner import counted_nbytes
+from actcompile.records import GraphRecord
+from actcompile.sensitivity import Probe
 
 from ..models import cosine, gpt
 
@@ -110,6 +114,96 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
 def test_refused(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         call()
+
+
+def probed_steps(model: nn.Module, batches: Sequence[int], **options: object) -> list[GraphRecord]:
+    """Trains a step per batch size; the records of what was compiled."""
+    step = torch.compile(model, backend="act", options={"lowering": "eager", "min_numel": 0, "auto": True, **options})
+    for batch in batches:
+        step(torch.randn(batch, 64)).square().mean().backward()
+    return [record for record in records._records if record.rows]
+
+
+def counted(record: GraphRecord) -> int:
+    return counted_nbytes(record.rows, record.plan)
+
+
+def layers() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 8))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_other_sizes_reuse_what_the_first_probe_found(dynamic: bool) -> None:
+    """The same code of the same model, compiled again: no second probe, no second interpreted step."""
+    probes = []
+
+    class Counted(Probe):
+        def interpret(self, graph: fx.GraphModule, is_backward: bool) -> Callable[[list[object]], object]:
+            run = super().interpret(graph, is_backward)
+
+            def call(args: list[object]) -> object:
+                probes.append(is_backward)
+                return run(args)
+
+            call._boxed_call = True  # type: ignore[attr-defined]
+            return call
+
+    with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(automatic_dynamic_shapes=dynamic):
+        patch.setattr(backend, "Probe", Counted)
+        made = probed_steps(layers(), (4, 4, 32, 33, 4))
+    # One forward and one backward were interpreted.
+    assert probes == [False, True]
+    assert [record.profile is not None for record in made] == [True, *[False] * (1 if dynamic else 2)]
+    assert made[0].solved == made[0].plan
+    assert all(dict(record.plan) == dict(made[0].plan) for record in made)
+    assert all(record.plan.graphs == (record.sites,) for record in made)
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = layers()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+def test_another_model_of_the_same_code_is_probed() -> None:
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        made = [probed_steps(Stack(), (batch, batch))[-1] for batch in (16, 32)]
+    assert [record.profile is not None for record in made] == [True, True]
+    assert made[0].sites == made[1].sites
+    assert not made[1].replaces(made[0])
+
+
+def test_memory_holds_at_other_sizes() -> None:
+    """What was found at 4 samples, exact bits, takes too much at 64; a share is the same at both."""
+    small, large = probed_steps(layers(), (4, 4, 64, 64), memory=60_000)
+    assert counted(small) <= 60_000
+    assert counted_nbytes(large.rows, follow(small.plan, large.rows, large.config)) > 60_000
+    assert 30_000 < counted(large) <= 60_000
+    actcompile.reset()
+    small, large = probed_steps(layers(), (16, 16, 64, 64), memory=0.1)
+    assert counted(large) <= 0.1 * large.baseline_nbytes
+
+
+def test_graphs_keep_their_shares_of_the_memory() -> None:
+    first, second = layers(), nn.Sequential(nn.Linear(8, 64), nn.Sigmoid(), nn.Linear(64, 4))
+
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = first, second
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            torch._dynamo.graph_break()
+            return self.second(y.sin())
+
+    made = probed_steps(Broken(), (4, 4, 64, 64), memory=50_000)
+    assert [record.profile is not None for record in made] == [True, True, False, False]
+    assert sum(counted(record) for record in made[:2]) <= 50_000
+    assert 25_000 < sum(counted(record) for record in made[2:]) <= 50_000
 
 
 @pytest.mark.slow

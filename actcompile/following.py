@@ -1,0 +1,126 @@
+"""Follows a plan: at other sizes than those it was made at, and for no other model. Pure.
+
+graph           must compute what one of the plan's graphs computes, call by call; where DDP cuts a model into parts,
+                what an uninterrupted run of it computes
+known row       gets its decision, which must fit its dtype
+by size         what the plan keeps for being small, or stores in the narrowest type, is decided again from the row
+unknown row     was not saved at the sizes of the plan: the partition weighs bytes. It gets the plan's mean bits;
+                in a plan made by hand, which does not say what it was made for, it is refused
+settings        skip and overrides win over the plan
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from .config import Config
+from .errors import ConfigError
+from .plan import Action, Decision, Plan, SavedTensor
+from .planner import NO_FEWER_BYTES, decide, find_override, setting_against, stored_nbytes
+
+_REMEDY = "it was made for another model; make one for this model"
+
+# What each action can store.
+_FITS: Mapping[Action, Callable[[torch.dtype], bool]] = {
+    Action.KEEP: lambda dtype: True,
+    Action.PACK: lambda dtype: dtype == torch.bool,
+    Action.NARROW: lambda dtype: dtype in (torch.int64, torch.int32, torch.int16),
+    Action.QUANTIZE: lambda dtype: dtype.is_floating_point,
+}
+
+
+def follow(plan: Plan, rows: Sequence[SavedTensor], config: Config) -> Plan:
+    """``plan`` with decisions for ``rows``, in their order.
+
+    Raises:
+        ConfigError: When it does not cover or fit a row: it belongs to another model.
+    """
+    return replace(plan, decisions={row.key: _followed(plan, row, config) for row in rows})
+
+
+def _followed(plan: Plan, row: SavedTensor, config: Config) -> Decision:
+    planned = plan.get(row.key)
+    if planned is None:
+        return _unknown(plan, row, config)
+    if not _FITS[planned.action](row.dtype):
+        raise ConfigError(
+            f"plan must fit every saved tensor of the model, got {planned.action} for {row.key!r}, which holds "
+            f"{str(row.dtype).removeprefix('torch.')}: {_REMEDY}"
+        )
+    if planned.action is Action.KEEP and not planned.by_size and find_override(row, config) is None:
+        return planned
+    if planned.action is not Action.QUANTIZE or row.obstacle or _settings_win(row, config):
+        return _again(plan, row, config)
+    return planned if stored_nbytes(row, planned) < row.nbytes else NO_FEWER_BYTES
+
+
+def _unknown(plan: Plan, row: SavedTensor, config: Config) -> Decision:
+    if not plan.graphs and not row.obstacle:
+        raise ConfigError(
+            f"plan must cover every saved tensor of the model, got one without an entry for {row.key!r} "
+            f"({row.op} in {row.module or 'the model'}): {_REMEDY}"
+        )
+    return _again(plan, row, config)
+
+
+def _settings_win(row: SavedTensor, config: Config) -> bool:
+    return bool(setting_against(row, config)) or find_override(row, config) is not None
+
+
+def _again(plan: Plan, row: SavedTensor, config: Config) -> Decision:
+    """A decision from the row alone, with the settings that the plan was made with."""
+    least = plan.min_numel if config.min_numel is None else config.min_numel
+    standard = plan.otherwise or Decision(Action.KEEP, "the plan keeps it")
+    settings = replace(config, plan=None, min_numel=least, group_size=standard.group_size or config.group_size)
+    decision = decide(row, settings, standard.bits)
+    if decision.action is Action.QUANTIZE and not _settings_win(row, config):
+        return replace(decision, reason="the plan's mean bits: at its sizes this was too small, or not saved")
+    return decision
+
+
+def check_model(plan: Plan, sites: Sequence[str], is_part: bool) -> None:
+    """Checks that ``plan`` was made for a graph that computes ``sites``.
+
+    Args:
+        plan: The plan.
+        sites: What the graph computes, as of ``call_sites``.
+        is_part: Whether the graph may be one of several parts of a graph that the plan was made for.
+
+    Raises:
+        ConfigError: Naming the first call in which they differ.
+    """
+    if not plan.graphs:
+        return
+    graph = _inside(sites)
+    known = [_inside(other) for other in plan.graphs]
+    if graph in known or (is_part and any(_holds(other, graph) for other in known)):
+        return
+    length, closest = max(((_num_common(other, graph), other) for other in known), key=lambda found: found[0])
+    raise ConfigError(
+        f"plan must be made for this model, got one that {_at(closest, length)} where this model {_at(graph, length)}: "
+        f"{_REMEDY}"
+    )
+
+
+def _inside(sites: Sequence[str]) -> tuple[str, ...]:
+    """``sites`` from the first to the last that lies in a module: a function around the model may add a loss."""
+    positions = [position for position, site in enumerate(sites) if not site.startswith("/")]
+    return tuple(sites[positions[0] : positions[-1] + 1] if positions else sites)
+
+
+def _holds(longer: Sequence[str], shorter: Sequence[str]) -> bool:
+    starts = range(len(longer) - len(shorter) + 1)
+    return any(tuple(longer[start : start + len(shorter)]) == tuple(shorter) for start in starts)
+
+
+def _num_common(first: Sequence[str], second: Sequence[str]) -> int:
+    """How many sites both begin with."""
+    pairs = zip(first, second, strict=False)
+    return next((position for position, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+def _at(sites: Sequence[str], position: int) -> str:
+    if not sites:
+        return "computes nothing"
+    return f"computes {sites[position]!r}" if position < len(sites) else f"ends after {sites[-1]!r}"
