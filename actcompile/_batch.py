@@ -23,6 +23,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ._seeded import RANDOM
 from ._torch import quiet_fake_tensors
 from .passes._fx import GraphPair, Slot, graph_outputs, hint, is_tensor
 from .passes._views import value_chain
@@ -255,6 +256,8 @@ class _Propagation:
         """Raises when ``node`` mixes up the samples, or picks some of them."""
         if not node.all_input_nodes or not isinstance(node.target, torch._ops.OpOverload):
             return
+        if not self._is_forward and node.target.name() in RANDOM:
+            raise NotSeparableError(f"{node.format_node()} draws other numbers for fewer samples")
         first = node.all_input_nodes[0]
         dim, name = self.dims.get(first.name), node.target._schema.name.split("::")[1]
         if dim is None:

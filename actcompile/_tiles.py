@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ._seeded import RANDOM
 from ._slices import Part, decode
 from .passes._fx import graph_outputs, is_tensor
 from .passes._views import ALIAS_OPS
@@ -238,7 +239,11 @@ def call_node(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     if node.op == "get_attr":
         return operator.attrgetter(str(node.target))(node.graph.owning_module)
     args: Any = fx.node.map_arg(node.args, values.__getitem__)
-    return node.target(*args, **fx.node.map_arg(node.kwargs, values.__getitem__))  # type: ignore[operator]
+    kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
+    name = node.target.name() if isinstance(node.target, torch._ops.OpOverload) else ""
+    if name in RANDOM:
+        return RANDOM[name](*args, **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def ordered(graph: fx.Graph) -> list[fx.Node]:

@@ -3,11 +3,22 @@
 Each tensor has a few options, each with its bytes and its noise; noises add up. Of each tensor only the options on the
 lower convex hull are looked at. Starting with the cheapest, steps along the hulls are taken in the order of noise
 saved per byte. That is the optimum of the linear relaxation, and so the optimum for every budget at which a step ends;
-in between, steps that still fit are taken in the same order, and the result is off by less than one step.
+in between, steps that still fit are taken in the same order, and the result is off by less than one step. Where there
+are so few tensors that one step is a lot, an integer program is solved instead.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import block_diag
+
+# Tensors up to which an integer program is solved, nodes of its search, and the share by which it has to be better.
+_FEW = 64
+_MAX_NODES = 1000
+_BETTER = 1e-6
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,8 @@ def least_noise(options: Sequence[Sequence[Option]], budget_nbytes: float) -> li
         if chosen[step.tensor] == step.start and step.nbytes <= left:
             chosen[step.tensor] = step.end
             left -= step.nbytes
-    return chosen
+    noises, nbytes = _column(options, "noise"), _column(options, "nbytes")
+    return _improved(options, chosen, noises, nbytes, budget_nbytes)
 
 
 def fewest_nbytes(options: Sequence[Sequence[Option]], noise: float) -> list[int]:
@@ -51,7 +63,46 @@ def fewest_nbytes(options: Sequence[Sequence[Option]], noise: float) -> list[int
             break
         chosen[step.tensor] = step.end
         total -= step.gain
-    return chosen
+    if total > noise:
+        return chosen
+    return _improved(options, chosen, _column(options, "nbytes"), _column(options, "noise"), noise)
+
+
+def _column(options: Sequence[Sequence[Option]], name: str) -> NDArray[np.float64]:
+    """One number of all options of all tensors."""
+    return np.array([getattr(option, name) for ways in options for option in ways], dtype=float)
+
+
+def _improved(
+    options: Sequence[Sequence[Option]],
+    chosen: list[int],
+    costs: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    limit: float,
+) -> list[int]:
+    """A choice of less total cost than ``chosen`` within the limit of the weights, or ``chosen``."""
+    starts = np.cumsum([0, *(len(ways) for ways in options)])
+    picked = starts[:-1] + np.array(chosen, dtype=int)
+    cost = costs[picked].sum()
+    if len(options) > _FEW or cost <= 0 or limit <= 0:
+        return chosen
+    one_each = LinearConstraint(block_diag([np.ones((1, len(ways))) for ways in options]), 1, 1)
+    # Options that alone cost more or weigh more than the whole choice would only spoil the scale of the numbers.
+    within = LinearConstraint(np.minimum(weights / limit, 1)[None], -np.inf, 1)
+    possible = Bounds(0, ((costs <= cost) & (weights <= limit)).astype(float))
+    found = milp(
+        np.minimum(costs / cost, 1),
+        constraints=[one_each, within],
+        integrality=np.ones(len(costs)),
+        bounds=possible,
+        options={"node_limit": _MAX_NODES},
+    )
+    if found.x is None:
+        return chosen
+    better = [int(found.x[start:end].argmax()) for start, end in zip(starts[:-1], starts[1:], strict=True)]
+    picked = starts[:-1] + np.array(better, dtype=int)
+    is_better = weights[picked].sum() <= limit and costs[picked].sum() < (1 - _BETTER) * cost
+    return better if is_better else chosen
 
 
 def _cheapest(ways: Sequence[Option]) -> int:

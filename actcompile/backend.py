@@ -34,6 +34,7 @@ from ._torch import (
     is_fake,
     is_part_of_model,
     mode_options,
+    random_settings,
     reentrant_tracing,
     traced_inputs,
     unwrapped,
@@ -96,6 +97,8 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """Compiles a training graph with compressed activations; a graph without a backward goes to Inductor untouched."""
     interpret = interpret_plainly if config.lowering == "eager" else None
+    # What is interpreted before it is compiled, has to save the same tensors.
+    settings = {**random_settings(config.lowering), **settings}
     device = _device(inputs)
     if interpret is None and device.type == "cpu":
         check_cpp_compiler()

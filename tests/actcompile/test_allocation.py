@@ -1,5 +1,6 @@
 """allocation against an exact solver, and its corner cases."""
 
+import itertools
 import time
 
 import numpy as np
@@ -60,6 +61,23 @@ def test_steps_that_end_at_the_budget_are_optimal() -> None:
         assert noise <= fraction * highest
         assert noise == pytest.approx(exact_noise(options, nbytes), rel=1e-6)
         assert least_noise(options, nbytes) == chosen
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_few_tensors_are_solved_exactly(seed: int) -> None:
+    options = problem(4, seed)
+    for average in (2, 4, 8):
+        budget = sum(ways[0].nbytes * average for ways in options)
+        chosen = least_noise(options, budget) or []
+        choices = list(itertools.product(*(range(len(ways)) for ways in options)))
+        best = min(totals(options, list(c))[1] for c in choices if totals(options, list(c))[0] <= budget)
+        assert totals(options, chosen)[0] <= budget
+        assert totals(options, chosen)[1] == pytest.approx(best, rel=1e-3)
+        noise = totals(options, chosen)[1]
+        fewest = min(totals(options, list(c))[0] for c in choices if totals(options, list(c))[1] <= noise)
+        found = fewest_nbytes(options, noise)
+        assert totals(options, found)[1] <= noise
+        assert totals(options, found)[0] == pytest.approx(fewest, rel=1e-3)
 
 
 def test_budget_below_the_cheapest() -> None:
