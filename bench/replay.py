@@ -84,9 +84,9 @@ class Replay:
         """The gradients that were started from."""
         return {position: self._at({}, position) for position in self._counted}
 
-    def noise(self, bits: Mapping[str, int], draws: int) -> list[float]:
-        """|g' - g|^2 in each of ``draws`` draws of the rounding noise."""
-        return [self.distance(self.gradients(bits, draw)) for draw in range(draws)]
+    def noise(self, bits: Mapping[str, int], draws: Iterable[int]) -> list[float]:
+        """|g' - g|^2 in each of ``draws`` of the rounding noise."""
+        return [self.distance(self.gradients(bits, draw)) for draw in draws]
 
     def _at(self, gradients: Gradients, position: int) -> Tensor:
         return gradients[position] if position in gradients else self._backward.base[self._counted[position]]
