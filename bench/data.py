@@ -84,10 +84,10 @@ def _citations(folder: Path) -> Batch:
     """
     with np.load(_archive(folder)) as arrays:
         edges = torch.from_numpy(arrays["edges"]).long().T
-        position = torch.from_numpy(np.stack([arrays["feat_row"], arrays["feat_col"]])).long()
-        values, labels = torch.from_numpy(arrays["feat_val"]), torch.from_numpy(arrays["label"]).long()
-        training, size = torch.from_numpy(arrays["train_idx"]).long(), arrays["shape"].tolist()
-    features = F.normalize(torch.sparse_coo_tensor(position, values, size).to_dense(), p=1)
+        labels, training = (torch.from_numpy(arrays[name]).long() for name in ("label", "train_idx"))
+        counts = np.zeros(arrays["shape"], np.float32)
+        counts[arrays["feat_row"], arrays["feat_col"]] = arrays["feat_val"]
+    features = F.normalize(torch.from_numpy(counts), p=1)
     loops = torch.arange(len(features)).expand(2, -1)
     edges = torch.cat([edges, edges.flip(0), loops], 1)
     scale = edges[0].bincount().rsqrt()
