@@ -1,13 +1,17 @@
 """Real batches for the benchmarks that look at values: endless, shuffled, always the same.
 
-    gpt       the Python standard library's own sources, as in the demo
-    bert      sentences of SST-2, each word the id of its rank among the words of the file
-    resnet    CIFAR-10
+    gpt                      the Python standard library's own sources, as in the demo
+    bert                     sentences of SST-2, each word the id of its rank among the words of the file
+    resnet, resnet18, vit    CIFAR-10
+    gcn                      Cora, the whole graph every time
 
-The last two come from a folder that the user names, which holds ``glue/SST-2/train.tsv`` as GLUE distributes it, and
-``cifar10/*.npz`` with ``x`` uint8 ``[N, 32, 32, 3]`` and ``y`` uint8 ``[N]``.
+All but the first come from a folder that the user names. It holds ``glue/SST-2/train.tsv`` as GLUE distributes it,
+``cifar10/*.npz`` with ``x`` uint8 ``[N, 32, 32, 3]`` and ``y`` uint8 ``[N]``, and ``cora/*.npz``, the data set of the
+Planetoid split: ``edges [E, 2]``, each once, features in ``feat_row``, ``feat_col`` and ``feat_val``, ``label [N]`` and
+``train_idx``.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from actcompile._text import load_corpus, training_batches
 
-from .models import BERT_VOCABULARY, Batch
+from .models import BERT_VOCABULARY, IGNORED, Batch
 
 _PADDING, _START, _UNKNOWN, _NUM_SPECIAL = 0, 1, 2, 3
 
@@ -27,7 +32,7 @@ def real_batches(name: str, like: Batch, folder: Path) -> Iterator[Batch]:
     """Batches of the shapes of ``like`` for the workload ``name``.
 
     Args:
-        name: "gpt", "bert" or "resnet".
+        name: Of a workload.
         like: A batch of that workload.
         folder: See the module docstring.
 
@@ -39,6 +44,8 @@ def real_batches(name: str, like: Batch, folder: Path) -> Iterator[Batch]:
         return training_batches(load_corpus(None, tokens), batch, tokens, seed=0)
     if name == "bert":
         return _sentences(folder / "glue" / "SST-2" / "train.tsv", *like[0].shape)
+    if name == "gcn":
+        return itertools.repeat(_citations(folder / "cora"))
     return _images(folder / "cifar10", len(like[0]))
 
 
@@ -63,16 +70,39 @@ def _sentences(path: Path, batch: int, tokens: int) -> Iterator[Batch]:
 
 def _images(folder: Path, batch: int) -> Iterator[Batch]:
     """Images fp32 ``[batch, 3, 32, 32]``, about in [-2, 2], and labels."""
-    path = next(iter(sorted(folder.glob("*.npz"))), None)
-    if path is None:
-        raise FileNotFoundError(
-            f"the data folder must hold cifar10/*.npz, got none in {str(folder)!r}: name it by --data"
-        )
-    with np.load(path) as arrays:
+    with np.load(_archive(folder)) as arrays:
         pixels, labels = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["y"]).long()
     images = (pixels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
     for chosen in _shuffled(len(images), batch):
         yield images[chosen].contiguous(), labels[chosen]
+
+
+def _citations(folder: Path) -> Batch:
+    """Features ``[N, F]`` with rows that sum to one, edges ``[2, E]``, their weights ``[E]``, and labels ``[N]``.
+
+    Only nodes to train on have a label. The weights are those of D^-1/2 (A + I) D^-1/2, with the degrees D of A + I.
+    """
+    with np.load(_archive(folder)) as arrays:
+        edges = torch.from_numpy(arrays["edges"]).long().T
+        labels, training = (torch.from_numpy(arrays[name]).long() for name in ("label", "train_idx"))
+        counts = np.zeros(arrays["shape"], np.float32)
+        counts[arrays["feat_row"], arrays["feat_col"]] = arrays["feat_val"]
+    features = F.normalize(torch.from_numpy(counts), p=1)
+    loops = torch.arange(len(features)).expand(2, -1)
+    edges = torch.cat([edges, edges.flip(0), loops], 1)
+    scale = edges[0].bincount().rsqrt()
+    known = torch.full_like(labels, IGNORED)
+    known[training] = labels[training]
+    return features, edges, scale[edges[0]] * scale[edges[1]], known
+
+
+def _archive(folder: Path) -> Path:
+    path = next(iter(sorted(folder.glob("*.npz"))), None)
+    if path is None:
+        raise FileNotFoundError(
+            f"the data folder must hold {folder.name}/*.npz, got none in {str(folder)!r}: name it by --data"
+        )
+    return path
 
 
 def _shuffled(count: int, batch: int) -> Iterator[Tensor]:

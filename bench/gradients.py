@@ -31,6 +31,9 @@ OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     "gpt": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
     "bert": lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
     "resnet": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
+    "resnet18": lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9),
+    "vit": lambda parameters: torch.optim.AdamW(parameters, lr=3e-4),
+    "gcn": lambda parameters: torch.optim.Adam(parameters, lr=1e-2, weight_decay=5e-4),
 }
 _COLUMNS = ("model", "moment", "rel. error 8 bits", "cosine 4 bits", "smallest cosine", "of", "rel. error L0")
 
@@ -121,7 +124,7 @@ def without_dropout(workload: Workload) -> Workload:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--models", nargs="+", choices=WORKLOADS, default=["gpt", "bert", "resnet"])
     parser.add_argument("--steps", type=int, default=50, help="training steps before the second comparison")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder with glue/SST-2 and cifar10")
     parser.add_argument("--lowering", choices=("inductor", "eager"), default="inductor")

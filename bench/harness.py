@@ -5,7 +5,7 @@ import datetime
 import functools
 import platform
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,15 @@ def append_row(bench: str, row: Mapping[str, object]) -> None:
         if is_new:
             writer.writeheader()
         writer.writerow(full)
+
+
+def read_rows(bench: str, keys: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of ``bench``; of those that agree in the columns ``keys``, the last."""
+    path = RESULTS / f"{bench}.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list({tuple(row[key] for key in keys): row for row in csv.DictReader(file)}.values())
 
 
 @functools.cache

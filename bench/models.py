@@ -1,5 +1,6 @@
 """The models of the benchmarks, each with a batch and a loss, all with random weights."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,28 @@ from torch.nn import functional as F
 
 from actcompile._gpt import GPT
 
-__all__ = ["BERT_VOCABULARY", "GPT", "WORKLOADS", "Batch", "ResNet", "Workload", "make_bert", "make_gpt", "make_resnet"]
-
+__all__ = [
+    "BERT_VOCABULARY",
+    "CORA_CLASSES",
+    "CORA_FEATURES",
+    "GCN",
+    "GPT",
+    "WORKLOADS",
+    "Batch",
+    "ResNet",
+    "Workload",
+    "make_bert",
+    "make_gcn",
+    "make_gpt",
+    "make_resnet",
+    "make_resnet18",
+    "make_vit",
+]
 
 BERT_VOCABULARY = 4000
+CORA_FEATURES, CORA_CLASSES = 1433, 7
+# Label of a node that does not count in the loss; cross_entropy's default.
+IGNORED = -100
 Batch = tuple[Tensor, ...]
 
 
@@ -115,14 +134,17 @@ class ResNet(nn.Module):
         channels: Channels of each stage; each stage but the first halves height and width.
         blocks: Residual blocks per stage.
         classes: Number of classes.
+        pooled: Whether the stem halves height and width.
     """
 
-    def __init__(self, channels: tuple[int, ...] = (32, 64, 128), blocks: int = 2, classes: int = 10) -> None:
+    def __init__(
+        self, channels: tuple[int, ...] = (32, 64, 128), blocks: int = 2, classes: int = 10, pooled: bool = True
+    ) -> None:
         super().__init__()
         first = channels[0]
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU(), nn.MaxPool2d(2)
-        )
+        self.stem = nn.Sequential(nn.Conv2d(3, first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU())
+        if pooled:
+            self.stem.append(nn.MaxPool2d(2))
         stages = []
         for stage, outputs in enumerate(channels):
             for block in range(blocks):
@@ -145,4 +167,95 @@ def make_resnet(*, batch: int = 32, size: int = 32, device: torch.device | str =
     return Workload(model, (images, labels), lambda call, images, labels: F.cross_entropy(call(images), labels))
 
 
-WORKLOADS: Mapping[str, Callable[..., Workload]] = {"gpt": make_gpt, "bert": make_bert, "resnet": make_resnet}
+class Classifier(nn.Module):
+    """A model that returns logits, with its loss inside, so that one graph holds both."""
+
+    def __init__(self, logits: nn.Module) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, labels: Tensor, *inputs: Tensor) -> Tensor:
+        """The mean cross-entropy of ``labels [B]``."""
+        return F.cross_entropy(self.logits(*inputs), labels)
+
+
+def make_resnet18(*, batch: int = 32, size: int = 32, device: torch.device | str = "cpu") -> Workload:
+    """ResNet-18 as it is used for images of 32 x 32: a 3x3 stem without pooling."""
+    torch.manual_seed(0)
+    model = Classifier(ResNet((64, 128, 256, 512), pooled=False)).to(device).train()
+    images = torch.randn(batch, 3, size, size).to(device)
+    labels = torch.randint(10, (batch,)).to(device)
+    return Workload(model, (images, labels), lambda call, images, labels: call(labels, images))
+
+
+def make_vit(*, layers: int = 4, batch: int = 32, size: int = 32, device: torch.device | str = "cpu") -> Workload:
+    """Hugging Face's ViTForImageClassification, small, with patches of 4 x 4."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=size,
+        patch_size=4,
+        hidden_size=192,
+        num_hidden_layers=layers,
+        num_attention_heads=3,
+        intermediate_size=768,
+        num_labels=10,
+        problem_type="single_label_classification",
+    )
+    model = ViTForImageClassification(config).to(device).train()
+    images = torch.randn(batch, 3, size, size).to(device)
+    labels = torch.randint(10, (batch,)).to(device)
+    return Workload(model, (images, labels), lambda call, images, labels: call(images, labels=labels).loss)
+
+
+class GCN(nn.Module):
+    """A graph convolutional network over one whole graph.
+
+    Args:
+        sizes: Features of the nodes, hidden units of each layer, classes.
+        dropout: Share of each layer's inputs that is dropped in training.
+
+    Source: Kipf and Welling, Semi-supervised classification with graph convolutional networks, equation 2.
+    """
+
+    def __init__(self, sizes: tuple[int, ...], dropout: float = 0.5) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(*ends) for ends in itertools.pairwise(sizes))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, features: Tensor, edges: Tensor, weights: Tensor) -> Tensor:
+        """Logits ``[N, classes]`` of ``features [N, sizes[0]]``.
+
+        ``weights [E]`` are the entries of the normalized adjacency matrix at ``edges [2, E]``, targets and sources.
+        """
+        targets, sources = edges.unbind()
+        x = features
+        for index, layer in enumerate(self.layers):
+            x = layer(self.dropout(F.relu(x) if index else x))
+            # The product with the sparse matrix, of operators that compilers trace.
+            x = torch.zeros_like(x).index_add(0, targets, x.index_select(0, sources) * weights[:, None])
+        return x
+
+
+def make_gcn(*, layers: int = 3, nodes: int = 2708, width: int = 64, device: torch.device | str = "cpu") -> Workload:
+    """``GCN`` on a random graph of Cora's size, some of whose nodes have labels."""
+    torch.manual_seed(0)
+    sizes = (CORA_FEATURES, *[width] * (layers - 1), CORA_CLASSES)
+    model = Classifier(GCN(sizes)).to(device).train()
+    features = torch.rand(nodes, CORA_FEATURES).to(device)
+    edges = torch.randint(nodes, (2, 5 * nodes)).to(device)
+    weights = torch.full((5 * nodes,), 1 / 5).to(device)
+    labels = torch.randint(CORA_CLASSES, (nodes,)).to(device)
+    labels[nodes // 4 :] = IGNORED
+    return Workload(model, (features, edges, weights, labels), lambda call, *batch: call(batch[-1], *batch[:-1]))
+
+
+WORKLOADS: Mapping[str, Callable[..., Workload]] = {
+    "gpt": make_gpt,
+    "bert": make_bert,
+    "resnet": make_resnet,
+    "resnet18": make_resnet18,
+    "vit": make_vit,
+    "gcn": make_gcn,
+}

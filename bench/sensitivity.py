@@ -1,137 +1,124 @@
-"""Predicted against measured noise, and bits by sensitivity against uniform ones: ``python -m bench.sensitivity``.
+"""Predicted against measured noise, tensor by tensor: ``python -m bench.sensitivity``.
 
-On real data (bench/data.py), dropout off, after some training steps, everything interpreted. The noise of a plan is the
-mean of |g' - g|^2 over draws of the rounding noise, g the gradient of all parameters in eager. One row per saved tensor
-that is rounded, one for all of them together, and one per average of bits for both ways to spend the same bytes.
+Models of bench/cases.py. The noise of a tensor is the mean of |g' - g|^2 over draws of its rounding noise, g the
+gradient of all parameters, measured by bench/replay.py; the prediction is that of one probed step. Every tensor that is
+rounded has a row, and all of them together have two: "all", by replay, and "all, trained", in ordinary training steps.
 """
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from tabulate import tabulate
-from torch import Tensor
 
-import actcompile
-from actcompile import Config, Plan, records
-from actcompile.plan import Action, Decision, Profile, SavedTensor
-from actcompile.planner import ProbedGraph, make_plan, solve, stored_nbytes
+from actcompile.plan import Profile
 
-from .data import real_batches
-from .gradients import flat, gradients, train, without_dropout
-from .harness import append_row
-from .models import WORKLOADS, Batch, Workload
+from .cases import SIZES, Case, mean_noise, predicted, prepare
+from .harness import RESULTS, append_row, read_rows
 
-AVERAGES = (2, 3, 4, 6, 8)
-WORKLOAD_SIZES: Mapping[str, Mapping[str, int]] = {
-    "gpt": {"layers": 2, "batch": 4},
-    "bert": {"layers": 2, "batch": 8},
-    "resnet": {"batch": 16},
-}
+# A prediction is good when its ratio to what is measured lies here.
+BAND = (0.7, 1.4)
+ALL, TRAINED = "all", "all, trained"
 
 
-class Case:
-    """A workload in some state, one batch, and the exact gradient."""
-
-    def __init__(self, workload: Workload, batch: Batch, draws: int) -> None:
-        self.workload = workload
-        self.batch = batch
-        self.draws = draws
-        self.exact = flat(self._gradients(workload.model))
-
-    def profile(self) -> tuple[Sequence[SavedTensor], Profile]:
-        """Rows and sensitivities, from the first step with ``auto``."""
-        call = self._compiled(auto=True)
-        for _ in range(2):
-            self._gradients(call)
-        (record,) = records.finished()
-        assert record.profile is not None
-        return record.rows, record.profile
-
-    def noise(self, plan: Plan) -> float:
-        """The mean of |g' - g|^2."""
-        call = self._compiled(plan=plan)
-        squares = [float((flat(self._gradients(call)) - self.exact).square().sum()) for _ in range(self.draws)]
-        return sum(squares) / self.draws
-
-    def _compiled(self, **options: Any) -> Callable[..., Any]:
-        actcompile.reset()
-        return torch.compile(self.workload.model, backend="act", options={"lowering": "eager", **options})
-
-    def _gradients(self, call: Callable[..., Any]) -> dict[str, Tensor]:
-        return gradients(self.workload.model, self.workload.loss(call, self.batch))
+def measure_tensors(case: Case, widths: Sequence[int], draws: int, pattern: str) -> None:
+    """Appends a row per tensor whose key holds ``pattern`` and per width, then those for all tensors together."""
+    _, profile = case.profile()
+    replay = case.replay()
+    for width in widths:
+        every = {row.key: width for row in replay.rows}
+        nbytes = sum(row.nbytes for row in replay.rows)
+        wanted = [(row.key, row.nbytes, {row.key: width}) for row in replay.rows if pattern in row.key]
+        for tensor, size, bits in [*wanted, (ALL, nbytes, every)]:
+            found = mean_noise(functools.partial(replay.noise, bits), draws)
+            _append(case, tensor, size, bits, profile, found)
+        call = case.compiled(bits=width)
+        _append(case, TRAINED, nbytes, every, profile, mean_noise(functools.partial(case.noise, call), draws))
 
 
-def predicted(plan: Plan, profile: Profile) -> float:
-    """The noise of all tensors that a plan rounds."""
-    known = profile.sensitivities
-    return sum(known[key].variance[decision.bits] for key, decision in plan.items() if decision.bits and key in known)
-
-
-def compare_tensors(name: str, case: Case, rows: Sequence[SavedTensor], profile: Profile, bits: int) -> None:
-    """Each tensor by itself, then all together."""
-    lossless = make_plan(rows, Config(bits=32))
-    codec = Decision(Action.QUANTIZE, "measured", bits=bits, group_size=256)
-    plans = {key: Plan({**lossless, key: codec}) for key in profile.sensitivities}
-    plans["all"] = Plan({key: codec if key in profile.sensitivities else lossless[key] for key in lossless})
-    nbytes = {row.key: row.nbytes for row in rows}
-    table, good_nbytes, good = [], 0, 0
-    for key, plan in plans.items():
-        found, guess = case.noise(plan), predicted(plan, profile)
-        ratio = guess / found if found else 1.0
-        row = {"model": name, "tensor": key, "bits": bits, "predicted": guess, "measured": found, "ratio": ratio}
-        append_row("sensitivity", row)
-        table.append(row)
-        if key != "all" and 0.7 <= ratio <= 1.4:
-            good, good_nbytes = good + 1, good_nbytes + nbytes[key]
-    print(tabulate(table, headers="keys"))
-    count, total = len(plans) - 1, sum(nbytes[key] for key in profile.sensitivities)
+def _append(
+    case: Case, tensor: str, nbytes: int, bits: Mapping[str, int], profile: Profile, found: tuple[float, float, int]
+) -> None:
+    guess, (mean, error, draws) = predicted(bits, profile), found
+    known = profile.sensitivities.get(tensor)
+    width = next(iter(bits.values()))
+    # Both are zero for a tensor that does not reach the gradient.
+    ratio = guess / mean if mean else 1.0 if not guess else float("inf")
+    row = {
+        "model": case.name,
+        "tensor": tensor,
+        "method": "" if known is None else known.method,
+        "bits": width,
+        "nbytes": nbytes,
+        "draws": draws,
+        "predicted": guess,
+        "measured": mean,
+        "standard_error": error,
+        "ratio": ratio,
+    }
+    append_row("sensitivity", row)
+    mark = "" if BAND[0] <= ratio <= BAND[1] else "  outside"
     print(
-        f"{name}: within [0.7, 1.4] {good} of {count} tensors, {good_nbytes / total:.1%} of their bytes\n", flush=True
+        f"{case.name:9}{width} {tensor:72}{guess:11.3e}{mean:11.3e} ±{error / mean:4.0%}{ratio:7.2f}{mark}", flush=True
     )
 
 
-def compare_plans(name: str, case: Case, rows: Sequence[SavedTensor], profile: Profile) -> None:
-    """Bits by sensitivity against uniform ones, at equal bytes."""
-    table = []
-    for average in AVERAGES:
-        uniform = make_plan(rows, Config(bits=average, auto=True))
-        (automatic,) = solve([ProbedGraph(rows, profile)], Config(bits=average, auto=True))
-        noises = [case.noise(plan) for plan in (uniform, automatic)]
-        nbytes = [sum(stored_nbytes(row, plan[row.key]) for row in rows) for plan in (uniform, automatic)]
-        row = {
-            "model": name,
-            "average bits": average,
-            "uniform noise": noises[0],
-            "auto noise": noises[1],
-            "auto predicted": predicted(automatic, profile),
-            "gain": noises[0] / noises[1],
-            "bytes": nbytes[1] / nbytes[0],
-        }
-        append_row("allocation", row)
-        table.append(row)
-    print(tabulate(table, headers="keys"), flush=True)
+def summarize(rows: Sequence[Mapping[str, str]]) -> list[list[object]]:
+    """Per model and width: tensors whose ratio lies in the band, their share of bytes, the ratio of all together."""
+    table: list[list[object]] = []
+    for model, width in dict.fromkeys((row["model"], row["bits"]) for row in rows):
+        mine = {row["tensor"]: row for row in rows if (row["model"], row["bits"]) == (model, width)}
+        tensors = [row for key, row in mine.items() if key not in (ALL, TRAINED)]
+        good = [row for row in tensors if BAND[0] <= float(row["ratio"]) <= BAND[1]]
+        nbytes = [sum(int(row["nbytes"]) for row in some) for some in (good, tensors)]
+        together = [float(mine[key]["ratio"]) if key in mine else None for key in (ALL, TRAINED)]
+        share = nbytes[0] / nbytes[1] if nbytes[1] else 0
+        table.append([model, width, f"{len(good)} of {len(tensors)}", f"{share:.1%}", *together])
+    return table
+
+
+def plot(rows: Sequence[Mapping[str, str]]) -> Path:
+    """Every tensor as a point, one panel per width."""
+    import matplotlib.pyplot as plt
+
+    widths = sorted({row["bits"] for row in rows}, reverse=True)
+    figure, axes = plt.subplots(1, len(widths), figsize=(5.5 * len(widths), 5), squeeze=False)
+    for axis, width in zip(axes.flat, widths, strict=True):
+        points = [row for row in rows if row["bits"] == width and float(row["measured"]) > 0]
+        for model in dict.fromkeys(row["model"] for row in points):
+            mine = [row for row in points if row["model"] == model and row["tensor"] not in (ALL, TRAINED)]
+            x, y = ([float(row[name]) for row in mine] for name in ("measured", "predicted"))
+            axis.scatter(x, y, s=14, label=model)
+        ends = [pick(float(row["measured"]) for row in points) for pick in (min, max)]
+        axis.fill_between(ends, *([ratio * end for end in ends] for ratio in BAND), color="0.85", zorder=0)
+        axis.plot(ends, ends, color="0.5", linewidth=0.8, zorder=1)
+        axis.set(xscale="log", yscale="log", xlabel="measured $E|g' - g|^2$", title=f"{width} bits")
+    axes[0, 0].set_ylabel("predicted by one probed step")
+    axes[0, 0].legend(title=f"band: {BAND[0]} to {BAND[1]}")
+    figure.tight_layout()
+    path = RESULTS / "sensitivity.png"
+    figure.savefig(path, dpi=150)
+    return path
 
 
 def main() -> None:
-    """Measures, appends rows and prints the tables."""
+    """Measures, appends rows, prints a table and draws all rows that there are."""
     parser = argparse.ArgumentParser("python -m bench.sensitivity", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--models", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--models", nargs="*", choices=SIZES, default=list(SIZES), help="none: only draw")
+    parser.add_argument("--bits", nargs="+", type=int, default=[4, 2], help="widths of the codes")
+    parser.add_argument("--draws", type=int, default=32, help="of the rounding noise, at the least")
     parser.add_argument("--steps", type=int, default=20, help="training steps before")
-    parser.add_argument("--draws", type=int, default=32, help="draws of the rounding noise")
-    parser.add_argument("--bits", type=int, default=4, help="of the comparison tensor by tensor")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder with glue/SST-2 and cifar10")
+    parser.add_argument("--tensors", default="", metavar="TEXT", help="only tensors whose key holds this")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="see bench/data.py")
     arguments = parser.parse_args()
     for name in arguments.models:
-        workload = without_dropout(WORKLOADS[name](**WORKLOAD_SIZES[name]))
-        batches = real_batches(name, workload.batch, arguments.data)
-        train(name, workload, batches, arguments.steps, workload.model)
-        case = Case(workload, next(batches), arguments.draws)
-        rows, profile = case.profile()
-        compare_tensors(name, case, rows, profile, arguments.bits)
-        compare_plans(name, case, rows, profile)
+        case = prepare(name, arguments.steps, arguments.data)
+        measure_tensors(case, arguments.bits, arguments.draws, arguments.tensors)
+    rows = read_rows("sensitivity", ("model", "tensor", "bits"))
+    headers = ("model", "bits", f"tensors within {BAND}", "of their bytes", "ratio, all", "ratio, all in training")
+    print(tabulate(summarize(rows), headers, floatfmt=".2f"))
+    print(f"Drawn: {plot(rows)}")
 
 
 if __name__ == "__main__":

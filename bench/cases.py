@@ -1,0 +1,120 @@
+"""Small models in the middle of training, on real data, whose noise is predicted and measured.
+
+Dropout is off, so that all noise is that of rounding. All are interpreted (``lowering="eager"``): the graphs and the
+codecs are those that get compiled.
+"""
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import actcompile
+from actcompile import Config, Plan, records
+from actcompile.plan import Profile, SavedTensor
+
+from .data import real_batches
+from .gradients import flat, gradients, train, without_dropout
+from .models import WORKLOADS, Batch, Workload
+from .replay import Replay
+
+SIZES: Mapping[str, Mapping[str, int]] = {
+    "gpt": {"layers": 2, "batch": 4},
+    "bert": {"layers": 2, "batch": 8},
+    "resnet18": {"batch": 8},
+    "vit": {"layers": 2, "batch": 8},
+    "gcn": {},
+}
+GROUP_SIZE = Config().group_size
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model after some training steps and the batch of the next one.
+
+    Args:
+        name: Of the workload.
+        workload: The model.
+        batch: One that it has not seen.
+        square: |g|^2 of its exact gradient.
+    """
+
+    name: str
+    workload: Workload
+    batch: Batch
+    square: float
+
+    def compiled(self, **options: Any) -> Callable[..., Any]:
+        """The model through this package, interpreted."""
+        actcompile.reset()
+        return torch.compile(self.workload.model, backend="act", options={"lowering": "eager", **options})
+
+    def profile(self) -> tuple[Sequence[SavedTensor], Profile]:
+        """Rows and sensitivities, from the first step with ``auto``."""
+        call = self.compiled(auto=True)
+        gradients(self.workload.model, self.workload.loss(call, self.batch))
+        (record,) = records.finished()
+        assert record.profile is not None
+        return record.rows, record.profile
+
+    def noise(self, call: Callable[..., Any], draws: Iterable[int]) -> list[float]:
+        """|g' - g|^2 in as many training steps through ``call`` as there are ``draws``, with eager's gradient as g."""
+        exact = flat(gradients(self.workload.model, self.workload.loss(self.workload.model, self.batch)))
+        steps = (gradients(self.workload.model, self.workload.loss(call, self.batch)) for _ in draws)
+        return [float((flat(found) - exact).square().sum()) for found in steps]
+
+    def replay(self) -> Replay:
+        """The same step with noise in chosen tensors.
+
+        Raises:
+            RuntimeError: When its exact gradient is not that of eager.
+        """
+        replay = Replay(self.workload, self.batch)
+        square = sum(float(gradient.double().square().sum()) for gradient in replay.exact().values())
+        if abs(square - self.square) > 1e-3 * self.square:
+            raise RuntimeError(
+                f"the interpreted graphs of {self.name} must have eager's gradient, |g|^2 = {self.square:g}, got "
+                f"{square:g}: a tensor was missed"
+            )
+        return replay
+
+
+def prepare(name: str, steps: int, data: Path) -> Case:
+    """The model ``name`` after ``steps`` training steps in eager."""
+    torch._dynamo.reset()
+    workload = without_dropout(WORKLOADS[name](**SIZES[name]))
+    batches = real_batches(name, workload.batch, data)
+    train(name, workload, batches, steps, workload.model)
+    batch = next(batches)
+    square = float(flat(gradients(workload.model, workload.loss(workload.model, batch))).square().sum())
+    return Case(name, workload, batch, square)
+
+
+def mean_noise(noise: Callable[[Iterable[int]], list[float]], draws: int) -> tuple[float, float, int]:
+    """The mean of |g' - g|^2, its standard error, and the number of draws.
+
+    Args:
+        noise: Measures it in the draws that it is given.
+        draws: The fewest; as many again are added up to eight times while the error is above 5 percent of the mean.
+    """
+    squares: list[float] = []
+    for start in range(0, 8 * draws, draws):
+        squares += noise(range(start, start + draws))
+        mean, error = statistics.fmean(squares), statistics.stdev(squares) / len(squares) ** 0.5
+        if error <= 0.05 * mean:
+            break
+    return mean, error, len(squares)
+
+
+def predicted(bits: Mapping[str, int], profile: Profile) -> float:
+    """The noise of tensors with so many bits."""
+    known = profile.sensitivities
+    return sum(known[key].variance[width] for key, width in bits.items() if key in known)
+
+
+def code_bits(plan: Plan) -> dict[str, int]:
+    """Bits of the tensors that ``plan`` rounds."""
+    return {key: decision.bits for key, decision in plan.items() if decision.bits is not None}
