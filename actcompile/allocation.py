@@ -7,6 +7,7 @@ in between, steps that still fit are taken in the same order, and the result is 
 are so few tensors that one step is a lot, an integer program is solved instead.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -99,7 +100,7 @@ def _improved(
     )
     if found.x is None:
         return chosen
-    better = [int(found.x[start:end].argmax()) for start, end in zip(starts[:-1], starts[1:], strict=True)]
+    better = [int(found.x[start:end].argmax()) for start, end in itertools.pairwise(starts)]
     picked = starts[:-1] + np.array(better, dtype=int)
     is_better = weights[picked].sum() <= limit and costs[picked].sum() < (1 - _BETTER) * cost
     return better if is_better else chosen

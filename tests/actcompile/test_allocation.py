@@ -84,8 +84,8 @@ def test_budget_below_the_cheapest() -> None:
     assert least_noise([[Option(10, 1.0), Option(20, 0.0)]], 9) is None
 
 
-def test_options_off_the_hull_are_not_taken() -> None:
-    assert least_noise([[Option(10, 1.0), Option(15, 0.9), Option(20, 0.0)]], 19) == [0]
+def test_options_off_the_hull_are_taken_where_they_are_the_best_that_fits() -> None:
+    assert least_noise([[Option(10, 1.0), Option(15, 0.9), Option(20, 0.0)]], 19) == [1]
     assert least_noise([[Option(10, 1.0), Option(15, 2.0), Option(20, 0.0)]], 20) == [2]
     assert least_noise([[Option(20, 0.0), Option(10, 1.0), Option(10, 0.5)]], 10) == [2]
 
