@@ -3,10 +3,11 @@
 An interpreter gives every operator's result memory of its own; compiled code keeps what lies between two pointwise
 operators in registers. Here, consecutive operators that treat the rows of their operands one by one
 
-    a [R, ...] -> b = f(a) [R, ...] -> c = g(b, a) [R, ...]
+    a [R, ...] -> b = f(a) [R, ...] -> c = g(b, a) [R, ...] -> s = sum(c) [...]
 
-run for a part of the rows after the other, so that of b, which nobody else reads, only a part is there at a time. The
-results are the same; their bytes come close to those of compiled code. Codes are decoded a part at a time, too.
+run for a part of the rows after the other, so that of b and c, which nobody else reads, only a part is there at a time.
+Codes are decoded a part at a time, too, and what several runs compute from codes, each computes for itself. Results
+are the same but for the order of sums; the bytes come close to those of compiled code.
 """
 
 import functools
@@ -19,20 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ._rowwise import VIEWS, Run, find_runs, is_sum
 from ._seeded import RANDOM
 from ._slices import Part, decode
-from .passes._fx import graph_outputs, is_tensor
+from .passes._fx import graph_outputs
 from .passes._views import ALIAS_OPS
 
 aten = torch.ops.aten
+dequantize = torch.ops.actcompile.dequantize.default
 
 # Bytes of the largest tensor of a run that are worked on at a time.
 _TILE_NBYTES = 2**20
 
-_VIEWS = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default})
-_ROW_REDUCTIONS = frozenset({aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.mean.dim})
-
-dequantize = torch.ops.actcompile.dequantize.default
+# Operators whose bodies for interpreters take many times the memory of what they read; they treat samples one by one.
+_BY_SAMPLES = frozenset({"prims::_low_memory_max_pool_with_offsets"})
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,18 @@ class Tiling:
         for node in self.nodes:
             if node.target is dequantize and node not in readers:
                 readers[node] = functools.partial(node.target, *fx.node.map_arg(node.args, values.__getitem__))
-        results = {node: _empty_like(node) for node in self.returned}
+        results = {node: _start(node) for node in self.returned}
         for index in range(self.count):
             part = Part(index, 1, self.count)
             tile: dict[fx.Node, Any] = {}
             for node in self.nodes:
                 tile[node] = self._value(node, part, tile, values, readers)
             for node, result in results.items():
-                rows = part.rows(len(result))
-                result[rows] = tile[node]
-        values.update(results)
+                if is_sum(node):
+                    result += tile[node]
+                else:
+                    result[part.rows(len(result))] = tile[node]
+        values.update({node: result.to(node.meta["val"].dtype) for node, result in results.items()})
 
     def _value(
         self,
@@ -85,12 +88,20 @@ class Tiling:
             return value[part.rows(len(value))] if (node, source) in self.cut else value
 
         args: list[Any] = list(fx.node.map_arg(node.args, read))
-        shape = [node.meta["val"].shape[0] // self.count, *node.meta["val"].shape[1:]]
-        if node.target in _VIEWS:
-            return args[0].reshape(shape)
-        if node.target is aten.expand.default:
-            args[1] = shape
+        if node.target in VIEWS or node.target is aten.expand.default:
+            shape = [node.meta["val"].shape[0] // self.count, *node.meta["val"].shape[1:]]
+            return args[0].reshape(shape) if node.target in VIEWS else args[0].expand(shape)
         return node.target(*args, **fx.node.map_arg(node.kwargs, read))  # type: ignore[operator]
+
+
+def _start(node: fx.Node) -> Tensor:
+    """Memory for the result of ``node``; sums add up in fp32 at least."""
+    value = node.meta["val"]
+    if is_sum(node):
+        return torch.zeros(
+            value.shape, dtype=torch.promote_types(value.dtype, torch.float32), device=value.device
+        ).as_strided(value.shape, value.stride())
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def find_tilings(
@@ -103,98 +114,48 @@ def find_tilings(
         whole: Those that are part of no run.
         kept: Those that are read after the graph has run.
     """
+    runs = find_runs(nodes, whole, lambda run: _count(run) > 1)
+    known = {node: run for run in runs for node in run.own}
     pieces: list[fx.Node | Tiling] = []
-    run: list[fx.Node] = []
     for node in nodes:
-        if node in whole or not _is_rowwise(node):
-            pieces.extend(_tiled(run, kept))
+        run = known.get(node)
+        if run is None:
             pieces.append(node)
-            run = []
-            continue
-        if not _fits(node, run):
-            pieces.extend(_tiled(run, kept))
-            run = []
-        run.append(node)
-    pieces.extend(_tiled(run, kept))
+        elif node is run.own[-1]:
+            pieces.extend(_tiled(run, known, kept))
     return pieces
 
 
-def _tiled(run: Sequence[fx.Node], kept: Container[fx.Node]) -> list[fx.Node | Tiling]:
-    cut = frozenset((node, source) for node in run for source in node.all_input_nodes if _reads_rows(node, source))
-    lengths = math.gcd(*(node.meta["val"].shape[0] for node in (*run, *(source for _, source in cut))))
-    largest = max((node.meta["val"].numel() * node.meta["val"].element_size() for node in run), default=0)
-    count = next((c for c in range(1, lengths + 1) if lengths % c == 0 and largest / c <= _TILE_NBYTES), lengths)
-    if len(run) < 2 or count == 1:
-        return list(run)
-    inside = set(run)
-    returned = {node for node in run if node in kept or any(user not in inside for user in node.users)}
-    # What is read behind the run in the memory of something else is made there, of all rows.
+def _tiled(run: Run, known: Mapping[fx.Node, Run], kept: Container[fx.Node]) -> list[fx.Node | Tiling]:
+    """The run, and behind it the views of its results that others read."""
+
+    def is_read(node: fx.Node) -> bool:
+        readers = [known.get(user) for user in node.users]
+        return node in kept or any(reader is None or node not in reader.nodes for reader in readers)
+
+    returned = {node for node in run.own if is_read(node)}
     views = []
-    for node in reversed(run):
+    for node in reversed(run.own):
         if node in returned and node.target in ALIAS_OPS:
             returned.remove(node)
-            returned.update(source for source in node.all_input_nodes if source in inside)
+            returned.update(source for source in node.all_input_nodes if source in run.own)
             views.append(node)
     used = set(returned)
-    for node in reversed(run):
+    for node in reversed(run.nodes):
         if node in used:
             used.update(node.all_input_nodes)
-    nodes = tuple(node for node in run if node in used)
-    return [Tiling(nodes, cut, tuple(node for node in run if node in returned), count), *reversed(views)]
+    nodes = tuple(node for node in run.nodes if node in used)
+    tiling = Tiling(nodes, run.cut, tuple(node for node in run.own if node in returned), _count(run))
+    return [*([tiling] if returned else []), *reversed(views)]
 
 
-def _is_rowwise(node: fx.Node) -> bool:
-    """Whether each row of the result of ``node`` comes from one row of its operands, or from all of what is small."""
-    if node.op != "call_function" or not is_tensor(node) or not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    value = node.meta["val"]
-    tensors = [source for source in node.all_input_nodes if is_tensor(source)]
-    if len(tensors) != len(node.all_input_nodes) or not tensors or not _has_rows(value):
-        return False
-    if node.target is dequantize:
-        return value.is_contiguous() and not any(isinstance(size, fx.Node) for size in node.args[5])  # type: ignore[union-attr]
-    if node.target in _VIEWS:
-        source = tensors[0].meta["val"]
-        return _has_rows(source) and source.is_contiguous()
-    if node.target in _ROW_REDUCTIONS:
-        dims: Any = node.args[1] if len(node.args) > 1 else None
-        return bool(dims) and all(dim % tensors[0].meta["val"].dim() for dim in dims)
-    if node.target is aten.permute.default:
-        return node.args[1][0] == 0  # type: ignore[index]
-    if node.target is aten.unsqueeze.default:
-        return node.args[1] != 0
-    is_pointwise = torch.Tag.pointwise in node.target.tags and not node.target._schema.is_mutable
-    return node.target is aten.expand.default or is_pointwise
-
-
-def _has_rows(value: Tensor) -> bool:
-    return value.dim() > 0 and all(isinstance(size, int) for size in value.shape) and value.shape[0] > 1
-
-
-def _fits(node: fx.Node, run: Sequence[fx.Node]) -> bool:
-    """Whether ``node`` may join ``run``: what it reads from there has to be read row by row, on the same parts."""
-    if any(source in run and not _reads_rows(node, source) for source in node.all_input_nodes):
-        return False
-    # One view of the rows as more or fewer of them is enough to make parts that are too large.
-    lengths = [other.meta["val"].shape[0] for other in (*run, node)]
-    return math.gcd(*lengths) == min(lengths)
-
-
-def _reads_rows(node: fx.Node, source: fx.Node) -> bool:
-    """Whether a row of the result of ``node`` reads one row of ``source``, not all of it."""
-    if node.target is dequantize:
-        return False
-    if node.target in _VIEWS or node.target in _ROW_REDUCTIONS:
-        return True
-    if node.target in (aten.permute.default, aten.unsqueeze.default):
-        return True
-    value, read = node.meta["val"], source.meta["val"]
-    return bool(read.dim() == value.dim() and read.shape[0] == value.shape[0])
-
-
-def _empty_like(node: fx.Node) -> Tensor:
-    value = node.meta["val"]
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+def _count(run: Run) -> int:
+    """Into how many parts the rows are cut: as few as make them small."""
+    rows = [node.meta["val"].shape[0] for node in run.nodes if not is_sum(node)]
+    rows += [source.meta["val"].shape[0] for _, source in run.cut]
+    largest = max(source.meta["val"].numel() * source.meta["val"].element_size() for source in run.nodes)
+    lengths = math.gcd(*rows)
+    return next((c for c in range(1, lengths + 1) if lengths % c == 0 and largest / c <= _TILE_NBYTES), lengths)
 
 
 def run_graph(
@@ -241,6 +202,10 @@ def call_node(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     args: Any = fx.node.map_arg(node.args, values.__getitem__)
     kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
     name = node.target.name() if isinstance(node.target, torch._ops.OpOverload) else ""
+    if name in _BY_SAMPLES:
+        num_samples = max(1, len(args[0]) * _TILE_NBYTES // args[0].nbytes)
+        parts = [node.target(part, *args[1:], **kwargs) for part in args[0].split(num_samples)]  # type: ignore[operator]
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
     if name in RANDOM:
         return RANDOM[name](*args, **kwargs)
     return node.target(*args, **kwargs)  # type: ignore[operator]
