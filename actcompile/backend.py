@@ -99,7 +99,7 @@ def compile_graph(
     roles = [
         input_role(node, value) for node, value in zip(graph.graph.find_nodes(op="placeholder"), inputs, strict=True)
     ]
-    record = records.add(config, roles)
+    record = records.add(config, roles, settings)
     seeded, fake_seed = add_scalar_input(graph, "actcompile_seed", torch.zeros((), dtype=torch.int64, device=device))
     roles = [*roles, Role.SEED]
 
