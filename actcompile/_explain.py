@@ -39,6 +39,7 @@ def traced_records(
     make_arguments: Callable[[], tuple[Sequence[Any], Mapping[str, Any]]],
     examples: Sequence[Any],
     config: Config,
+    loss: Callable[[Any], Any] | None = None,
 ) -> list[records.GraphRecord]:
     """The records of the training graphs of one call, traced on fake tensors.
 
@@ -47,6 +48,7 @@ def traced_records(
         make_arguments: Makes the call's arguments, in the mode that makes all new tensors fake.
         examples: Tensors of the user's, which may be fake already.
         config: Settings.
+        loss: Traced with the model, on what it returns.
 
     Raises:
         ConfigError: When ``model`` is nothing to call.
@@ -67,7 +69,7 @@ def traced_records(
     try:
         with records.collected() as made, unchanged(modules), fake_mode_for(tensors), torch.enable_grad():
             args, kwargs = make_arguments()
-            isolated_compile(fresh(model), functools.partial(act, options=options))(*args, **kwargs)
+            isolated_compile(fresh(model, loss), functools.partial(act, options=options))(*args, **kwargs)
     except NEEDS_VALUES as error:
         raise CompileError(
             f"a model is traced here without values, got one that reads a tensor's ({error}): train one step with "

@@ -107,7 +107,9 @@ class _Step:
         loss: Callable[[Any], torch.Tensor] | None,
         config: Config,
     ) -> None:
-        self._call, self._arguments, self._config = _with_loss(model, loss), (tuple(args), dict(kwargs)), config
+        self._model, self._arguments, self._config = model, (tuple(args), dict(kwargs)), config
+        # A plan was made for the model alone.
+        self._loss = loss if config.plan is None else None
         inputs = [leaf for leaf in tree_leaves(self._arguments) if isinstance(leaf, torch.Tensor)]
         self._batch = _batch_of(inputs)
         modules = reachable_modules(model)
@@ -146,9 +148,15 @@ class _Step:
                 mark_dynamic_batch(result)
             return result.requires_grad_(value.requires_grad)
 
+        examples = tree_leaves(self._arguments)
         records = traced_records(
-            self._call, lambda: tree_map(remade, self._arguments), tree_leaves(self._arguments), self._config
+            self._model, lambda: tree_map(remade, self._arguments), examples, self._config, self._loss
         )
+        if not records:
+            raise ConfigError(
+                "model must save something for a backward, got one without parameters that require gradients, or that "
+                "cannot be compiled: unfreeze what is trained"
+            )
         # Parameters of modules that a function reaches by ways of its own.
         self._lasting |= {id(parameter): parameter for record in records for parameter in record.parameters()}
         return [record.symbolic_timeline() for record in records]
@@ -180,16 +188,6 @@ def _batch_of(inputs: Sequence[torch.Tensor]) -> int:
     if sizes[0] < 2:
         raise ConfigError(f"the example batch must have at least 2 samples, got {sizes[0]}: repeat the sample")
     return sizes[0]
-
-
-def _with_loss(model: Callable[..., Any], loss: Callable[[Any], torch.Tensor] | None) -> Callable[..., Any]:
-    if loss is None:
-        return model
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return loss(model(*args, **kwargs))
-
-    return call
 
 
 def _plannable(config: Config) -> Config:

@@ -105,8 +105,9 @@ def max_batch_size(
             the first tensor carry the batch; let no other first dimension have its size.
         memory: The device's: bytes, or a string as "15GiB".
         config: Settings; the default ones when left out.
-        loss: Turns the model's output into the loss, of which it is a part here. Without it, all that the model
-            returns is taken to live until the end of the step.
+        loss: Turns the model's output into the loss; counted as compiled with the model. Without it, or where the
+            settings bring a plan, which was made for the model alone, all that the model returns is taken to live
+            until the end of the step.
         extra: Bytes that are taken besides, as the optimizer's state: an int, or a string as "2GiB".
         **kwargs: Keyword arguments of the call.
 

@@ -108,9 +108,11 @@ def test_automatic_bits_count_as_the_next_higher_width() -> None:
 
 def test_follows_a_plan() -> None:
     model, x = mlp(), torch.randn(256, 64)
-    plan = actcompile.profile(model, x, loss=squared, config=Config(bits=2))
-    config = Config(plan=plan)
-    assert actcompile.max_batch_size(lambda x: squared(model(x)), x, memory="2MiB", config=config) > 256
+    plan = actcompile.profile(model, x, loss=squared)
+    followed = actcompile.max_batch_size(model, x, memory="2MiB", config=Config(plan=plan), loss=squared)
+    # The loss is no part of what the plan was made for, and neither of what is traced.
+    assert followed == actcompile.max_batch_size(model, x, memory="2MiB", config=Config(plan=plan))
+    assert followed > actcompile.max_batch_size(model, x, memory="2MiB", config=Config(bits=32))
 
 
 def test_keyword_arguments_and_inputs_without_a_batch() -> None:
@@ -187,6 +189,11 @@ def test_bad_input(arguments: tuple[int, ...], settings: dict[str, Any], rule: s
     x = torch.randn(*arguments) if arguments else torch.tensor(1.0)
     with pytest.raises(ConfigError, match=rule):
         actcompile.max_batch_size(mlp(), x, **settings)
+
+
+def test_nothing_to_train() -> None:
+    with pytest.raises(ConfigError, match="unfreeze what is trained"):
+        actcompile.max_batch_size(mlp().requires_grad_(False), torch.randn(4, 64), memory="1MiB")
 
 
 def test_no_model() -> None:
