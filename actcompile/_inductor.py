@@ -19,8 +19,9 @@ from torch._guards import detect_fake_mode
 from torch._inductor import ir
 from torch._inductor.codegen import wrapper
 from torch._inductor.compile_fx import _recursive_post_grad_passes as post_grad_passes
-from torch._inductor.compile_fx import fake_tensor_prop, view_to_reshape
+from torch._inductor.compile_fx import fake_tensor_prop
 from torch._inductor.debug import DebugContext
+from torch._inductor.fx_passes.post_grad import view_to_reshape
 from torch._inductor.graph import GraphLowering
 from torch._inductor.virtualized import V
 
@@ -54,7 +55,7 @@ def planned_changes(
     fake_mode = detect_fake_mode(inputs)
     assert fake_mode is not None
     with inductor_config.patch(dict(settings)), torch.no_grad(), preserve_rng_state(), DebugContext(), fake_mode:
-        view_to_reshape(graph)
+        view_to_reshape(graph)  # type: ignore[no-untyped-call]
         fake_tensor_prop(graph, inputs)
         with V.set_fake_mode(fake_mode):
             post_grad_passes(graph, is_inference=False)

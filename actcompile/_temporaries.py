@@ -119,7 +119,7 @@ def _attention_backward(operands: Sequence[Operand], arguments: Arguments) -> sy
 _ATTENTION = "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu"
 
 # Operator, as the generated code names it -> its rule.
-_RULES: Mapping[str, Callable[[Sequence[Operand], Sequence[Any]], sympy.Expr]] = {
+_RULES: Mapping[str, Callable[[Sequence[Operand], Arguments], sympy.Expr]] = {
     "torch.ops.actcompile.quantize.default": _quantize,
     "torch.ops.actcompile.quantize_compiled.default": _quantize,
     "torch.ops.actcompile.pack_bool.default": _pack_bool,
