@@ -97,6 +97,9 @@ def max_batch_size(
     (gradient accumulation), give their bytes as ``extra``. Not counted: the optimizer's state (``extra``), the
     memory of Python, of the CUDA context and of libraries, and what fragmentation wastes.
 
+    The peak is that of code compiled for just this batch. Code that torch.compile makes for a batch of any size, after
+    it has seen several, can take more.
+
     Tensors are planned with uniform bits; ``auto=True`` with the next higher number of bits for all.
 
     Args:

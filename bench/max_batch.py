@@ -1,7 +1,8 @@
 """The largest batch: what ``max_batch_size`` predicts against what the meter finds by bisection.
 
 The bisection runs real compiled steps, their batch a symbol so that one compilation serves all, and takes parameters,
-buffers, the batch and the measured peak of a step that starts without gradients.
+buffers, the batch and the measured peak of a step that starts without gradients. The prediction is for code compiled
+for one batch: where the code for any batch takes more memory, as that of BERT without recomputation, they differ.
 """
 
 import argparse
