@@ -1,6 +1,6 @@
 """Activation-compressed training as a ``torch.compile`` backend."""
 
-from .api import explain, profile, report, reset, transform
+from .api import explain, max_batch_size, profile, report, reset, transform
 from .config import Config
 from .errors import CompileError, ConfigError
 from .plan import Plan
@@ -13,6 +13,7 @@ __all__ = [
     "Plan",
     "explain",
     "get_rng_state",
+    "max_batch_size",
     "profile",
     "report",
     "reset",

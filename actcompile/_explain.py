@@ -31,12 +31,35 @@ def explain_call(
         ConfigError: When ``model`` is nothing to call.
         CompileError: When the model reads values of tensors, which tracing does not have.
     """
+    return make_report(traced_records(model, lambda: (args, kwargs), [*args, *kwargs.values()], config))
+
+
+def traced_records(
+    model: torch.nn.Module | Callable[..., Any],
+    make_arguments: Callable[[], tuple[Sequence[Any], Mapping[str, Any]]],
+    examples: Sequence[Any],
+    config: Config,
+    loss: Callable[[Any], Any] | None = None,
+) -> list[records.GraphRecord]:
+    """The records of the training graphs of one call, traced on fake tensors.
+
+    Args:
+        model: What is called.
+        make_arguments: Makes the call's arguments, in the mode that makes all new tensors fake.
+        examples: Tensors of the user's, which may be fake already.
+        config: Settings.
+        loss: Traced with the model, on what it returns.
+
+    Raises:
+        ConfigError: When ``model`` is nothing to call.
+        CompileError: When the model reads values of tensors, which tracing does not have.
+    """
     if not callable(model):
         raise ConfigError(f"model must be a torch.nn.Module or a function, got {type(model).__name__}")
     # Interpreted graphs that draw random numbers as those of the wanted lowering do: the rows are the same.
     options = {"config": replace(config, lowering="eager"), "inductor": random_settings(config.lowering)}
     modules = list(reachable_modules(model))
-    tensors = [*args, *kwargs.values(), *(tensor for module in modules for tensor in module.parameters())]
+    tensors = [*examples, *(tensor for module in modules for tensor in module.parameters())]
     if any(isinstance(tensor, torch.Tensor) and tensor.is_meta for tensor in tensors):
         raise ConfigError(
             "model and arguments must be on a device that trains, got tensors on meta: make them on the CPU, or under "
@@ -45,12 +68,16 @@ def explain_call(
     position = get_rng_state()
     try:
         with records.collected() as made, unchanged(modules), fake_mode_for(tensors), torch.enable_grad():
-            isolated_compile(fresh(model), functools.partial(act, options=options))(*args, **kwargs)
+            args, kwargs = make_arguments()
+            isolated_compile(fresh(model, loss), functools.partial(act, options=options))(*args, **kwargs)
     except NEEDS_VALUES as error:
         raise CompileError(
-            f"explain traces a model without values, got one that reads a tensor's ({error}): train one step with "
+            f"a model is traced here without values, got one that reads a tensor's ({error}): train one step with "
             'backend="act" and call actcompile.report'
         ) from error
     finally:
         set_rng_state(position)
-    return make_report([record for record in made if record.rows])
+    done = [record for record in made if record.rows]
+    for record in done:
+        record.lowering = config.lowering
+    return done

@@ -15,11 +15,12 @@ from ._torch import own_code
 _CONTAINERS = (dict, list, set)
 
 
-def fresh(model: Callable[..., Any]) -> Callable[..., Any]:
-    """``model`` behind a function that no other call compiled."""
+def fresh(model: Callable[..., Any], loss: Callable[[Any], Any] | None = None) -> Callable[..., Any]:
+    """``model``, and ``loss`` of what it returns, behind a function that no other call compiled."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return model(*args, **kwargs)
+        output = model(*args, **kwargs)
+        return output if loss is None else loss(output)
 
     return own_code(call)  # type: ignore[arg-type]
 

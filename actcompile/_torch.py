@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import CompileError, ConfigError
 
@@ -38,6 +39,7 @@ Interpret = Callable[[fx.GraphModule, bool], Callable[[list[Any]], Any]]
 
 __all__ = [
     "NEEDS_VALUES",
+    "TRAINING_SETTINGS",
     "CustomPartitionerFn",
     "Interpret",
     "add_scalar_input",
@@ -54,14 +56,25 @@ __all__ = [
     "is_fake",
     "is_part_of_model",
     "isolated_compile",
+    "mark_dynamic_batch",
     "mode_options",
     "own_code",
     "quiet_fake_tensors",
     "random_settings",
     "reentrant_tracing",
     "traced_inputs",
+    "tree_leaves",
+    "tree_map",
     "unwrapped",
 ]
+
+# What Inductor's settings are for graphs that this package rewrote, unless a user says otherwise.
+TRAINING_SETTINGS: dict[str, Any] = {
+    # Buffers that wait for their next use keep the memory that compression frees.
+    "allow_buffer_reuse": False,
+    # Copies of images and kernels in channels_last would be saved, and codes made of a copy back.
+    "layout_optimization": False,
+}
 
 # What fake tensors raise where a model branches on the values of real ones.
 NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
@@ -151,14 +164,7 @@ def compile_pair(
     patches = dict(settings)
     options: dict[str, Any] = {}
     if partitioner is not None:
-        patches = {
-            "custom_partitioner_fn": partitioner,
-            # Buffers that wait for their next use keep the memory that compression frees.
-            "allow_buffer_reuse": False,
-            # Copies of images and kernels in channels_last would be saved, and codes made of a copy back.
-            "layout_optimization": False,
-            **patches,
-        }
+        patches = {"custom_partitioner_fn": partitioner, **TRAINING_SETTINGS, **patches}
     if interpret is not None:
         # Inductor's random numbers would be drawn anew where the backward repeats them.
         patches = {"fallback_random": True, **patches}
@@ -252,6 +258,11 @@ def isolated_compile(function: Callable[..., Any], backend: Callable[..., Any]) 
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         options["isolate_recompiles"] = True
     return torch.compile(function, **options)  # type: ignore[no-any-return]
+
+
+def mark_dynamic_batch(value: torch.Tensor) -> None:
+    """Lets Dynamo trace the first dimension of ``value`` as a symbol, where the model takes any size."""
+    torch._dynamo.maybe_mark_dynamic(value, 0)
 
 
 def random_settings(lowering: str) -> dict[str, Any]:

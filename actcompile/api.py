@@ -80,6 +80,53 @@ def explain(
     return explain_call(model, args, kwargs, make_config(config, {}))
 
 
+def max_batch_size(
+    model: torch.nn.Module | Callable[..., Any],
+    *args: Any,
+    memory: int | str,
+    config: Config | None = None,
+    loss: Callable[[Any], torch.Tensor] | None = None,
+    extra: int | str = 0,
+    **kwargs: Any,
+) -> int:
+    """The largest batch whose training step fits into ``memory``; traces and computes, trains nothing.
+
+    Counted: parameters and buffers of the model, the batch, and the most bytes that a compiled step has alive at once,
+    in which are what is stored for the backward, what the step returns, and the gradients of trainable parameters as
+    the backward makes them. The step starts without gradients, as after ``zero_grad()``: where they are there already
+    (gradient accumulation), give their bytes as ``extra``. Not counted: the optimizer's state (``extra``), the
+    memory of Python, of the CUDA context and of libraries, and what fragmentation wastes.
+
+    The peak is that of code compiled for just this batch. Code that torch.compile makes for a batch of any size, after
+    it has seen several, can take more.
+
+    Tensors are planned with uniform bits; ``auto=True`` with the next higher number of bits for all.
+
+    Args:
+        model: The model in training mode, or a function of it that returns the loss, as it is compiled.
+        *args: Arguments of one call, with a batch of at least 2. Tensors whose first dimension is as large as that of
+            the first tensor carry the batch; let no other first dimension have its size.
+        memory: The device's: bytes, or a string as "15GiB".
+        config: Settings; the default ones when left out.
+        loss: Turns the model's output into the loss; counted as compiled with the model. Without it, or where the
+            settings bring a plan, which was made for the model alone, all that the model returns is taken to live
+            until the end of the step.
+        extra: Bytes that are taken besides, as the optimizer's state: an int, or a string as "2GiB".
+        **kwargs: Keyword arguments of the call.
+
+    Returns:
+        The batch, at least 1.
+
+    Raises:
+        ConfigError: For bad settings, arguments without a batch, or when one sample does not fit.
+        CompileError: When the model reads values of tensors, which tracing does not have.
+    """
+    from ._max_batch import max_batch_call
+
+    config = make_config(config, {})
+    return max_batch_call(model, args, kwargs, memory=memory, config=config, loss=loss, extra=extra)
+
+
 def profile(
     model: torch.nn.Module | Callable[..., Any],
     *args: Any,

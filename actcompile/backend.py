@@ -110,7 +110,7 @@ def compile_graph(
     sites = call_sites(graph.graph)
     if isinstance(config.plan, Plan):
         check_model(config.plan, sites, is_part_of_model())
-    record = records.add(config, roles, sites)
+    record = records.add(config, roles, sites, settings)
     seeded, fake_seed = add_scalar_input(graph, "actcompile_seed", torch.zeros((), dtype=torch.int64, device=device))
     roles = [*roles, Role.SEED]
 

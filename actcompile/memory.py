@@ -1,12 +1,18 @@
-"""Bytes that are alive while a pair of graphs runs, node by node."""
+"""Bytes that are alive while a pair of graphs runs: interpreted, operator by operator, or compiled, as symbols."""
 
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
-from .passes._fx import graph_outputs, hint
-from .passes._views import ALIAS_OPS
+from ._inductor import known_sizes, planned_changes
+from ._torch import TRAINING_SETTINGS, copied
+from .passes._fx import GraphPair, graph_outputs, hint
+from .passes._views import ALIAS_OPS, storage
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,82 @@ class Timeline:
     def peak_nbytes(self) -> int:
         """The most bytes alive at once."""
         return max(self.live_nbytes, default=0)
+
+    @property
+    def stored_nbytes(self) -> int:
+        """Bytes that the forward leaves alive."""
+        return self.live_nbytes[self.num_forward - 1] if self.num_forward else 0
+
+
+@dataclass(frozen=True)
+class SymbolicTimeline:
+    """A ``Timeline`` whose bytes are expressions in the graph's symbolic sizes.
+
+    ``traced`` holds the sizes of the traced call by symbol.
+    """
+
+    labels: tuple[str, ...]
+    live_nbytes: tuple[sympy.Expr, ...]
+    num_forward: int
+    traced: Mapping[sympy.Symbol, int]
+
+    def at(self, sizes: Mapping[sympy.Symbol, int] | None = None) -> Timeline:
+        """The timeline of a call of these ``sizes``; symbols that are left out have those of the traced call."""
+        values = {symbol: sympy.Integer(size) for symbol, size in {**self.traced, **(sizes or {})}.items()}
+        live = tuple(int(nbytes.xreplace(values)) for nbytes in self.live_nbytes)
+        return Timeline(self.labels, live, self.num_forward)
+
+
+class CompiledStep:
+    """A pair of rewritten graphs whose timeline, once somebody asks, is that of the code Inductor makes of it.
+
+    Args:
+        pair: The graphs, which are copied: compilers change what they get.
+        settings: Of Inductor's, on top of those that this package always has.
+    """
+
+    def __init__(self, pair: GraphPair, settings: Mapping[str, Any]) -> None:
+        self._forward, self._backward = copied(pair.forward), copied(pair.backward)
+        self._settings = {**TRAINING_SETTINGS, **settings}
+        returned = {storage(node) for node in pair.user_outputs if isinstance(node, fx.Node)}
+        self._owned = [
+            placeholder.name
+            for slot in pair.slots
+            for node, placeholder in zip(slot.outputs, slot.placeholders, strict=True)
+            if storage(node).op != "placeholder" and storage(node) not in returned
+        ]
+
+    @functools.cached_property
+    def timeline(self) -> SymbolicTimeline:
+        """Live bytes after each allocation and release; parameters and the caller's inputs left out."""
+        forward = planned_changes(self._forward, False, (), self._settings)
+        backward = planned_changes(self._backward, True, self._owned, self._settings)
+        level, live = sympy.S.Zero, []
+        for change in (*forward, *backward):
+            level += change.nbytes
+            live.append(level + change.temporary)
+        labels = tuple(change.label for change in (*forward, *backward))
+        return SymbolicTimeline(labels, tuple(live), len(forward), known_sizes(self._forward))
+
+
+def step_peak(timelines: Sequence[Timeline]) -> int:
+    """The most bytes alive in a step of several graphs, in the order of their forwards; backwards run in reverse.
+
+    A graph runs on top of what the forwards before it left, and a backward on top of what those before it returned.
+    """
+    peak = 0
+    kept: list[int] = []
+    for timeline in timelines:
+        before = sum(kept)
+        peak = max([peak, *(before + nbytes for nbytes in timeline.live_nbytes[: timeline.num_forward])])
+        kept.append(timeline.stored_nbytes)
+    returned = 0
+    for timeline in reversed(timelines):
+        kept.pop()
+        backward = timeline.live_nbytes[timeline.num_forward :]
+        peak = max([peak, *(sum(kept) + returned + nbytes for nbytes in backward)])
+        returned += backward[-1] if backward else 0
+    return peak
 
 
 def step_timeline(forward: fx.Graph, backward: fx.Graph) -> Timeline:

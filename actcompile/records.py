@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,7 @@ from ._torch import current_frame, is_fake
 from .config import Config, parse_nbytes
 from .distributed import num_ranks, plan_of_rank_0
 from .following import follow
-from .memory import Timeline, step_timeline
+from .memory import CompiledStep, SymbolicTimeline, Timeline, step_timeline
 from .plan import Plan, Profile, Role, SavedTensor
 from .planner import ProbedGraph, counted_nbytes, solve, stored_nbytes
 from .sensitivity import Probe
@@ -26,8 +26,18 @@ _records: list["GraphRecord"] = []
 class GraphRecord:
     """One compiled training graph: what it computes, its rows, its plan and the parameters it was called with."""
 
-    def __init__(self, config: Config, roles: Sequence[Role], sites: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        config: Config,
+        roles: Sequence[Role],
+        sites: tuple[str, ...] = (),
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self.config = config
+        # That of the code whose peak is predicted; explain interprets graphs that training will compile.
+        self.lowering = config.lowering
+        self.step: CompiledStep | None = None
+        self._settings = dict(settings or {})
         self.rows: list[SavedTensor] = []
         self.plan = Plan()
         self.count_baseline: Callable[[], int] = lambda: 0
@@ -61,9 +71,20 @@ class GraphRecord:
         self.rows = list(rows)
         self.plan = plan if plan.graphs else replace(plan, graphs=(self.sites,))
         self.timeline = step_timeline(pair.forward.graph, pair.backward.graph)
+        self.step = CompiledStep(pair, self._settings)
         if self.probe is not None and self.probe.profile is None:
             stored = sum(stored_nbytes(row, plan[row.key]) for row in rows if row.role is Role.ACTIVATION)
             self.probe.see(pair, self.timeline.peak_nbytes - stored)
+
+    def predicted_timeline(self) -> Timeline:
+        """What is alive in a step of the traced sizes: of the compiled code, unless the graph is interpreted."""
+        assert self.timeline is not None
+        return self.symbolic_timeline().at() if self.lowering == "inductor" else self.timeline
+
+    def symbolic_timeline(self) -> SymbolicTimeline:
+        """The same of the compiled code, in the symbolic sizes of the graph."""
+        assert self.step is not None
+        return self.step.timeline
 
     def see_parameters(self, args: Sequence[Any]) -> None:
         """Remembers, at the first call, whose parameters the graph works on."""
@@ -72,10 +93,15 @@ class GraphRecord:
             pairs = zip(self.roles, args, strict=False)
             self._parameters = [weakref.ref(value) for role, value in pairs if role is Role.PARAMETER]
 
+    def parameters(self) -> list[torch.Tensor]:
+        """The parameters that the graph was called with and that are still there."""
+        known = (reference() for reference in self._parameters or ())
+        return [parameter for parameter in known if parameter is not None]
+
     def belongs_to(self, parameters: Iterable[torch.Tensor]) -> bool:
         """Whether the graph was called with one of ``parameters``."""
         known = {id(parameter) for parameter in parameters}
-        return any(id(reference()) in known for reference in self._parameters or ())
+        return any(id(parameter) in known for parameter in self.parameters())
 
     def replaces(self, earlier: "GraphRecord") -> bool:
         """Whether ``earlier`` is the same code of the same model, compiled for other sizes."""
@@ -161,9 +187,9 @@ def _solve(record: GraphRecord) -> Plan:
     return replace(plan, graphs=(record.sites,))
 
 
-def add(config: Config, roles: Sequence[Role], sites: tuple[str, ...]) -> GraphRecord:
-    """A new record, kept until ``clear``."""
-    record = GraphRecord(config, roles, sites)
+def add(config: Config, roles: Sequence[Role], sites: tuple[str, ...], settings: Mapping[str, Any]) -> GraphRecord:
+    """A new record, kept until ``clear``; ``settings`` are Inductor's."""
+    record = GraphRecord(config, roles, sites, settings)
     _records.append(record)
     return record
 

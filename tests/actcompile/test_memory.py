@@ -1,9 +1,15 @@
 """The timeline of live bytes."""
 
+import pytest
+import sympy
 import torch
 from torch import Tensor
 
-from actcompile.memory import Timeline, step_timeline
+import actcompile
+from actcompile import Config
+from actcompile._gpt import GPT
+from actcompile.memory import CompiledStep, SymbolicTimeline, Timeline, step_peak, step_timeline
+from actcompile.meter import measure_phases
 
 from ..passes.pairs import Traced, trace
 
@@ -62,3 +68,77 @@ def test_saved_tensors_accumulate() -> None:
 
 def test_nothing() -> None:
     assert Timeline((), (), 0).peak_nbytes == 0
+
+
+def test_symbols_take_the_sizes_given_and_else_those_traced() -> None:
+    batch, tokens = sympy.symbols("batch tokens", integer=True, positive=True)
+    live = (4 * batch * tokens, sympy.Integer(64), sympy.Max(100 * batch, tokens))
+    timeline = SymbolicTimeline(("a", "b", "c"), live, 2, {batch: 2, tokens: 8})
+    assert timeline.at() == Timeline(("a", "b", "c"), (64, 64, 200), 2)
+    assert timeline.at({batch: 5}).live_nbytes == (160, 64, 500)
+    assert timeline.at({tokens: 300, batch: 1}).peak_nbytes == 1200
+
+
+def test_stored_bytes_are_what_the_forward_leaves() -> None:
+    assert Timeline(("a", "b", "c"), (8, 5, 9), 2).stored_nbytes == 5
+    assert Timeline(("a",), (9,), 0).stored_nbytes == 0
+
+
+def test_the_peak_of_several_graphs() -> None:
+    first, second = Timeline(("a", "b", "c", "d"), (10, 6, 20, 3), 2), Timeline(("a", "b", "c"), (5, 4, 7), 2)
+    assert step_peak([first]) == 20
+    # 6 left by the first while the second works; then 7 returned by the second while the first's backward works.
+    assert step_peak([second, first]) == max(5, 4 + 10, 4 + 20, 3 + 7)
+    assert step_peak([first, second]) == max(10, 6 + 5, 6 + 7, 7 + 20)
+    assert step_peak([]) == 0
+
+
+def test_fused_operators_allocate_nothing_between_them() -> None:
+    def function(w: Tensor, x: Tensor) -> Tensor:
+        return (torch.sin(x @ w).cos().exp() * 2).sum()
+
+    traced = trace(function, torch.randn(64, 64, requires_grad=True), torch.randn(64, 64))
+    interpreted = timeline_of(traced)
+    timeline = CompiledStep(traced.pair, {}).timeline.at()
+    # The product and the exponential stay for the backward beside the sum; what lies between them is one kernel.
+    assert timeline.live_nbytes[: timeline.num_forward] == (16384, 32768, 32772)
+    # The gradient of the product, then that of the weights in place of what was stored.
+    assert max(timeline.live_nbytes[timeline.num_forward :]) == 3 * 16384 + 4
+    assert timeline.live_nbytes[-1] == 16384 + 4
+    assert timeline.peak_nbytes < interpreted.peak_nbytes
+
+
+def test_graphs_are_left_as_they_are() -> None:
+    traced = chain(4)
+    before = [str(module.graph) for module in (traced.pair.forward, traced.pair.backward)]
+    assert CompiledStep(traced.pair, {}).timeline.at().peak_nbytes > 0
+    assert [str(module.graph) for module in (traced.pair.forward, traced.pair.backward)] == before
+
+
+def test_what_the_caller_holds_is_not_freed() -> None:
+    def function(w: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.sin(x @ w)
+        z = y.exp()
+        return z.sum(), z
+
+    traced = trace(function, torch.randn(64, 64, requires_grad=True), torch.randn(64, 64))
+    timeline = CompiledStep(traced.pair, {}).timeline.at()
+    # The second output and the gradient, and two numbers.
+    assert timeline.live_nbytes[-1] == 2 * 64 * 64 * 4 + 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"bits": 4}, {"level": "L0", "recompute": "none"}], ids=str)
+def test_the_predicted_peak_is_the_measured_one(settings: dict[str, object]) -> None:
+    model = GPT(layers=2, width=64, heads=2, vocabulary=128, tokens=64)
+    ids = torch.randint(128, (2, 16, 64))
+    config = Config(**settings)  # type: ignore[arg-type]
+    expected = actcompile.explain(model, *ids, config=config).predicted_peak_nbytes
+    compiled = torch.compile(model, backend="act", options={"config": config})
+    compiled(*ids).backward()
+    assert actcompile.report(model).predicted_peak_nbytes == expected
+    model.zero_grad(set_to_none=True)
+    losses: list[Tensor] = []
+    phases = measure_phases([lambda: losses.append(compiled(*ids)), lambda: losses.pop().backward()])
+    # Inductor fuses the first graph of a process with an operator new to it otherwise than those that follow.
+    assert max(phase.peak_nbytes for phase in phases) == pytest.approx(expected, rel=0.03)

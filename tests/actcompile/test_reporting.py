@@ -198,7 +198,7 @@ def test_plot(make: Callable[[], Task], tmp_path: Path) -> None:
     assert any(width == pytest.approx(4 + 8 * 6 / 256, rel=0.02) for width in widths)
     assert f"{report.ratio:.1f}x less" in tensors.get_title(loc="left")
     (line,) = (line for line in memory.lines if len(line.get_ydata()) == len(report.timelines[0].live_nbytes))
-    assert max(line.get_ydata()) == pytest.approx(report.predicted_peak_nbytes / 2**20)
+    assert max(line.get_ydata()) == pytest.approx(report.timelines[0].peak_nbytes / 2**20)
     assert {"forward", "backward"} <= {text.get_text() for text in memory.texts}
 
 
