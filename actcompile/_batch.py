@@ -256,7 +256,7 @@ class _Propagation:
         """Raises when ``node`` mixes up the samples, or picks some of them."""
         if not node.all_input_nodes or not isinstance(node.target, torch._ops.OpOverload):
             return
-        if not self._is_forward and node.target.name() in RANDOM:
+        if not self._is_forward and node.target._schema.name in RANDOM:
             raise NotSeparableError(f"{node.format_node()} draws other numbers for fewer samples")
         first = node.all_input_nodes[0]
         dim, name = self.dims.get(first.name), node.target._schema.name.split("::")[1]

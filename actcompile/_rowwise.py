@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from .passes._fx import is_tensor
+from .passes.place_codecs import DECODERS
 
 aten = torch.ops.aten
-dequantize = torch.ops.actcompile.dequantize.default
 
 VIEWS = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default})
 _REDUCTIONS = frozenset({aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.mean.dim})
@@ -72,7 +72,8 @@ def _repeated(run: Run, taken: Container[fx.Node]) -> set[fx.Node]:
 
 def _chain(end: fx.Node, taken: Container[fx.Node]) -> set[fx.Node] | None:
     """Operators that compute ``end`` row by row from codes; None when there are none, or too many."""
-    pending, chain = [end], set()
+    chain: set[fx.Node] = set()
+    pending = [end]
     while pending:
         node = pending.pop()
         if node not in taken or node.target in _REDUCTIONS or len(chain) == _MAX_REPEATED:
@@ -88,7 +89,7 @@ def is_sum(node: fx.Node) -> bool:
         return False
     source = node.all_input_nodes[0].meta["val"]
     dims: Any = node.args[1]
-    return _has_rows(source) and bool(dims) and any(dim % source.dim() == 0 for dim in dims)
+    return _has_rows(source) and any(dim % source.dim() == 0 for dim in dims or ())
 
 
 def is_rowwise(node: fx.Node) -> bool:
@@ -99,7 +100,7 @@ def is_rowwise(node: fx.Node) -> bool:
     if not sources or not all(map(is_tensor, sources)) or not _has_rows(value):
         return False
     source = sources[0].meta["val"]
-    if node.target is dequantize:
+    if node.target in DECODERS:
         return bool(value.is_contiguous())
     if node.target in VIEWS:
         return _has_rows(source) and bool(source.is_contiguous())
@@ -107,16 +108,16 @@ def is_rowwise(node: fx.Node) -> bool:
         dims: Any = node.args[1] if len(node.args) > 1 else None
         return bool(dims) and all(dim % source.dim() for dim in dims)
     if node.target is aten.permute.default:
-        return node.args[1][0] == 0  # type: ignore[index]
+        return bool(node.args[1][0] == 0)  # type: ignore[index]
     if node.target is aten.unsqueeze.default:
-        return node.args[1] != 0
+        return bool(node.args[1] != 0)
     is_pointwise = torch.Tag.pointwise in node.target.tags and not node.target._schema.is_mutable
     return node.target is aten.expand.default or is_pointwise
 
 
 def reads_rows(node: fx.Node, source: fx.Node) -> bool:
     """Whether a row of the result of ``node`` reads one row of ``source``, not all of it."""
-    if node.target is dequantize:
+    if node.target in DECODERS:
         return False
     if node.target in VIEWS or node.target in _REDUCTIONS or node.target in _REARRANGING:
         return True

@@ -21,9 +21,11 @@ from ._batch import sizes_position
 from .passes._fx import GraphPair, hint, is_tensor
 from .passes._naming import operator_name
 from .triton_kernels._layout import from_storage_order, storage_permutation
+from .triton_kernels.pack_bool import unpack_range
 from .triton_kernels.quantize import split_planes
 
 dequantize = torch.ops.actcompile.dequantize.default
+unpack_bool = torch.ops.actcompile.unpack_bool.default
 
 # Operators whose result for a batch of copies is that for one of them.
 _SAME_FOR_COPIES = frozenset({"mean", "var", "var_mean", "std", "amax", "amin", "max", "min", "select"})
@@ -122,17 +124,26 @@ def cut(value: Tensor, dim: int, part: Part) -> Tensor:
 
 def decode(decoder: Any, args: Sequence[Any], dim: int, part: Part) -> Tensor:
     """The samples of ``part`` of what ``decoder(*args)`` returns."""
-    if decoder is not dequantize:
-        return cut(decoder(*args), dim, part)
-    codes, scale, zero, bits, group_size, shape, stride, dtype = args
-    run = _run(Layout(tuple(shape), tuple(stride)), dim, part)
-    if run is None:
-        return cut(decoder(*args), dim, part)
-    groups = slice(run.start // group_size, (run.stop - 1) // group_size + 1)
-    planes = torch.cat([plane[groups].reshape(-1) for plane in split_planes(codes, bits, group_size)])
-    first, numel = groups.start * group_size, run.stop - groups.start * group_size
-    flat = dequantize(planes, scale[groups], zero[groups], bits, group_size, [numel], [1], dtype)
-    return from_storage_order(flat[run.start - first :].clone(), _cut_shape(shape, dim, part), stride)
+    if decoder is unpack_bool:
+        packed, shape, *strides = args
+        stride = strides[0] if strides and strides[0] is not None else _contiguous(shape)
+        run = _run(Layout(tuple(shape), tuple(stride)), dim, part)
+        if run is not None:
+            return from_storage_order(unpack_range(packed, run), _cut_shape(shape, dim, part), stride)
+    if decoder is dequantize:
+        codes, scale, zero, bits, group_size, shape, stride, dtype = args
+        run = _run(Layout(tuple(shape), tuple(stride)), dim, part)
+        if run is not None:
+            groups = slice(run.start // group_size, (run.stop - 1) // group_size + 1)
+            planes = torch.cat([plane[groups].reshape(-1) for plane in split_planes(codes, bits, group_size)])
+            first, numel = groups.start * group_size, run.stop - groups.start * group_size
+            flat = dequantize(planes, scale[groups], zero[groups], bits, group_size, [numel], [1], dtype)
+            return from_storage_order(flat[run.start - first :].clone(), _cut_shape(shape, dim, part), stride)
+    return cut(decoder(*args), dim, part)
+
+
+def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
 def group_ids(layout: Layout, group_size: int, dim: int | None = None, part: Part | None = None) -> Tensor:

@@ -68,7 +68,7 @@ class Sweep:
         self.nodes = ordered(graph)
         self._is_tiled = is_tiled
         self.dependent = _dependent(self.nodes, leaves)
-        self._arguments: Mapping[fx.Node, Any] = {}
+        self._arguments: MutableMapping[fx.Node, Any] = {}
         self._known: Mapping[fx.Node, Tensor] = {}
         self._kept: dict[fx.Node, Any] = {}
 
@@ -84,7 +84,7 @@ class Sweep:
 
     def feed(
         self,
-        arguments: Mapping[fx.Node, Any],
+        arguments: MutableMapping[fx.Node, Any],
         readers: Mapping[fx.Node, "functools.partial[Tensor]"] | None = None,
         known: Mapping[fx.Node, Tensor] | None = None,
     ) -> None:
@@ -102,6 +102,24 @@ class Sweep:
         seen.update(self._kept)
         self._kept = {}
         return results
+
+    def run_last(self) -> list[Any]:
+        """The results of the graph; lets go of its arguments meanwhile, so that nothing can run behind it."""
+        values, self._arguments, self.readers = self._arguments, {}, {}
+        pieces = find_tilings(self.nodes) if self._is_tiled else self.nodes
+        with torch.no_grad():
+            return run_graph(pieces, self.graph, values, None, call_node)
+
+    def note_readers(self) -> None:
+        """Notes how to read what is stored in codes, as running the graph does."""
+        values = dict(self._arguments)
+        for node in self.nodes:
+            if node.target in DECODERS:
+                args = fx.node.map_arg(node.args, values.__getitem__)
+                self.readers[node] = functools.partial(node.target, *args)  # type: ignore[arg-type, operator, misc]
+            elif not is_tensor(node) and all(source in values for source in node.all_input_nodes):
+                # Sizes that are computed.
+                values[node] = call_node(node, values)
 
     def run_and_keep(self) -> list[Any]:
         """The results of the graph; keeps what ``pull_back`` starts from."""
@@ -210,7 +228,7 @@ def _call(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         args: Any
         kwargs: Any
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-        name = node.target.name()
+        name = node.target._schema.name
         if name in _DIFFERENTIABLE:
             return _DIFFERENTIABLE[name](*args)
         if node.target in ATTENTION_BACKWARD:

@@ -25,15 +25,19 @@ from ._seeded import RANDOM
 from ._slices import Part, decode
 from .passes._fx import graph_outputs
 from .passes._views import ALIAS_OPS
+from .passes.place_codecs import DECODERS
 
 aten = torch.ops.aten
-dequantize = torch.ops.actcompile.dequantize.default
 
 # Bytes of the largest tensor of a run that are worked on at a time.
 _TILE_NBYTES = 2**20
 
+_IN_PLACE: Mapping[Any, Callable[..., Tensor]] = {aten.scatter_add.default: aten.scatter_add_.default}
+
 # Operators whose bodies for interpreters take many times the memory of what they read; they treat samples one by one.
-_BY_SAMPLES = frozenset({"prims::_low_memory_max_pool_with_offsets"})
+_BY_SAMPLES = frozenset({"prims::_low_memory_max_pool_with_offsets", "prims::_low_memory_max_pool_offsets_to_indices"})
+# Bytes that these take for each element that they read.
+_SPREAD = 64
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,11 @@ class Tiling:
     returned: tuple[fx.Node, ...]
     count: int
 
-    def run(self, values: MutableMapping[fx.Node, Any], readers: MutableMapping[fx.Node, Any]) -> None:
+    def run(self, values: MutableMapping[fx.Node, Any], readers: MutableMapping[fx.Node, Any] | None) -> None:
         """Computes what is returned, and notes how to read what is decoded."""
+        readers = {} if readers is None else readers
         for node in self.nodes:
-            if node.target is dequantize and node not in readers:
+            if node.target in DECODERS and node not in readers:
                 readers[node] = functools.partial(node.target, *fx.node.map_arg(node.args, values.__getitem__))
         results = {node: _start(node) for node in self.returned}
         for index in range(self.count):
@@ -162,7 +167,7 @@ def run_graph(
     pieces: Sequence[fx.Node | Tiling],
     graph: fx.Graph,
     values: MutableMapping[fx.Node, Any],
-    readers: MutableMapping[fx.Node, Any],
+    readers: MutableMapping[fx.Node, Any] | None,
     evaluate: Callable[[fx.Node, Mapping[fx.Node, Any]], Any],
     kept: Container[fx.Node] = (),
 ) -> list[Any]:
@@ -172,7 +177,7 @@ def run_graph(
         pieces: From ``find_tilings``.
         graph: The graph.
         values: Its arguments. Every value leaves it when nobody reads it any more.
-        readers: How to read what is stored in codes.
+        readers: How to read what is stored in codes; what is missing is noted, unless there is none.
         evaluate: Computes an operator that is no part of a run.
         kept: What stays in ``values``.
     """
@@ -188,11 +193,22 @@ def run_graph(
     for position, piece in enumerate(pieces):
         if isinstance(piece, Tiling):
             piece.run(values, readers)
+        elif _writes_in_place(piece) and piece.args[0] not in kept:
+            args = fx.node.map_arg(piece.args, values.__getitem__)
+            values[piece] = _IN_PLACE[piece.target](*args)  # type: ignore[index, misc]
         else:
             values[piece] = evaluate(piece, values)
         for node in expiring.get(position, ()):
             values.pop(node, None)
     return [values[node] if isinstance(node, fx.Node) else node for node in graph_outputs(graph)]
+
+
+def _writes_in_place(node: fx.Node) -> bool:
+    """Whether ``node`` writes into a copy of a constant that nobody else reads, and may do without the copy."""
+    if node.target not in _IN_PLACE:
+        return False
+    target = node.args[0]
+    return isinstance(target, fx.Node) and target.target is aten.full.default and len(target.users) == 1
 
 
 def call_node(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
@@ -201,11 +217,12 @@ def call_node(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         return operator.attrgetter(str(node.target))(node.graph.owning_module)
     args: Any = fx.node.map_arg(node.args, values.__getitem__)
     kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
-    name = node.target.name() if isinstance(node.target, torch._ops.OpOverload) else ""
+    name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
     if name in _BY_SAMPLES:
-        num_samples = max(1, len(args[0]) * _TILE_NBYTES // args[0].nbytes)
+        num_samples = max(1, len(args[0]) * _TILE_NBYTES // (_SPREAD * args[0].numel()))
         parts = [node.target(part, *args[1:], **kwargs) for part in args[0].split(num_samples)]  # type: ignore[operator]
-        return tuple(map(torch.cat, zip(*parts, strict=True)))
+        is_tuple = isinstance(parts[0], tuple)
+        return tuple(map(torch.cat, zip(*parts, strict=True))) if is_tuple else torch.cat(parts)
     if name in RANDOM:
         return RANDOM[name](*args, **kwargs)
     return node.target(*args, **kwargs)  # type: ignore[operator]

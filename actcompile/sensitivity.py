@@ -34,7 +34,7 @@ from ._slices import Layout, Part, SlicedBackward, cut, decode, group_ids, slice
 from ._sweep import Sweep
 from ._tiles import call_node, find_tilings, ordered, run_graph
 from .config import CODE_BITS
-from .passes._fx import ROW_KEY, GraphPair, graph_outputs
+from .passes._fx import ROW_KEY, GraphPair, graph_outputs, is_tensor
 from .passes.place_codecs import DECODERS
 from .plan import Profile, Role, Sensitivity
 from .triton_kernels._chunked import rounding_variance
@@ -101,30 +101,34 @@ class Probe:
         args.clear()
         whole = _sweep_of(graph.graph)
         whole.feed(arguments)
+        counted = self._counted(graph.graph)
         sliced = self._sliced(whole)
-        names = set() if sliced is None else set(sliced.meetings.values())
-        sums = dict.fromkeys(node for node in whole.nodes if node.name in names)
-        results = whole.run_and_keep() if sliced is None else whole.run(seen=sums)
-        counted = self._counted(graph.graph, results)
-        square = sum(float(results[position].float().square().sum()) for position in counted)
         if sliced is None:
+            results = whole.run_and_keep()
             sensitivities = self._measure(whole, counted, _readers(whole), None, 0)
-        else:
+        elif sliced.meetings:
+            names = set(sliced.meetings.values())
+            sums = dict.fromkeys(node for node in whole.nodes if node.name in names)
+            results = whole.run(seen=sums)
             known = {node.name: value for node, value in sums.items()}
             sensitivities = self._sum_over_parts(sliced, whole, arguments, known, counted)
+        else:
+            whole.note_readers()
+            sensitivities = self._sum_over_parts(sliced, whole, arguments, {}, counted)
+            # What was saved is let go while the backward runs, as in compiled code.
+            results = whole.run_last()
+        square = sum(float(results[position].float().square().sum()) for position in counted)
         self.profile = Profile(sensitivities, square)
         self._rounding.clear()
         self._pair = None
         return results
 
-    def _counted(self, graph: fx.Graph, results: Sequence[Any]) -> list[int]:
+    def _counted(self, graph: fx.Graph) -> list[int]:
         """Positions among the results of gradients of parameters and of what earlier graphs computed."""
         return [
             position
             for position, (node, role) in enumerate(zip(graph_outputs(graph), self._roles, strict=False))
-            if isinstance(node, fx.Node)
-            and role in (Role.PARAMETER, Role.BOUNDARY)
-            and isinstance(results[position], Tensor)
+            if isinstance(node, fx.Node) and role in (Role.PARAMETER, Role.BOUNDARY) and is_tensor(node)
         ]
 
     def _sliced(self, whole: Sweep) -> SlicedBackward | None:

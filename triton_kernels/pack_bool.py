@@ -51,6 +51,16 @@ def unpack_bool_reference(packed: Tensor, shape: Sequence[int], stride: Sequence
     return restore_mask(flat, shape, stride)
 
 
+def unpack_range(packed: Tensor, elements: slice) -> Tensor:
+    """The elements from ``elements.start`` to ``elements.stop``, in storage order: bool [stop - start]."""
+    nbytes, start, stop = len(packed), elements.start, elements.stop
+    pieces = []
+    for bit in range(start // nbytes, (stop - 1) // nbytes + 1):
+        first = bit * nbytes
+        pieces.append((packed[max(start - first, 0) : stop - first] >> bit) & 1)
+    return torch.cat(pieces).to(torch.bool)
+
+
 def restore_mask(flat: Tensor, shape: Sequence[int], stride: Sequence[int] | None) -> Tensor:
     """[numel] in storage order -> a view with ``shape`` and ``stride``; contiguous without a stride."""
     return flat.view(shape) if stride is None else from_storage_order(flat, shape, stride)

@@ -12,6 +12,7 @@ from actcompile import _tiles
 from actcompile._tiles import Tiling, call_node, find_tilings, ordered, run_graph
 from actcompile.config import Config
 from actcompile.passes import run_passes
+from actcompile.passes.place_codecs import DECODERS
 from actcompile.planner import make_plan
 
 from ..passes.pairs import trace
@@ -103,7 +104,7 @@ def test_codes_are_decoded_by_parts() -> None:
     saved = traced.pair.forward(*(value.detach() for value in traced.inputs))[len(traced.pair.user_outputs) :]
     names = graph.find_nodes(op="placeholder")
     pieces = find_tilings(ordered(graph))
-    decoded = {n for piece in pieces if isinstance(piece, Tiling) for n in piece.nodes if n.target is _tiles.dequantize}
+    decoded = {n for piece in pieces if isinstance(piece, Tiling) for n in piece.nodes if n.target in DECODERS}
     assert decoded
     readers: dict[fx.Node, object] = {}
     results = run_graph(pieces, graph, dict(zip(names, [*saved, torch.ones(())], strict=True)), readers, call_node)

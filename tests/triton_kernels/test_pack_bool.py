@@ -9,6 +9,7 @@ from actcompile.triton_kernels.pack_bool import (
     packed_nbytes,
     unpack_bool,
     unpack_bool_reference,
+    unpack_range,
 )
 
 
@@ -81,3 +82,11 @@ def test_operators_pass_opcheck(mask: torch.Tensor) -> None:
     packed = pack_bool_reference(mask)
     torch.library.opcheck(unpack_bool, (packed, list(mask.shape)))
     torch.library.opcheck(unpack_bool, (packed, list(mask.shape), list(mask.stride())))
+
+
+@pytest.mark.parametrize("numel", [1, 8, 13, 1000])
+def test_a_range_is_unpacked_alone(numel: int) -> None:
+    mask = torch.rand(numel, generator=torch.Generator().manual_seed(numel)) < 0.5
+    packed = pack_bool_reference(mask)
+    for start, stop in [(0, numel), (numel // 3, numel // 3 + 1), (numel // 4, numel - numel // 5)]:
+        assert torch.equal(unpack_range(packed, slice(start, stop)), mask[start:stop])
