@@ -116,6 +116,8 @@ def copied(graph: fx.GraphModule) -> fx.GraphModule:
     """``graph`` with nodes of its own: Dynamo's must not change, and compilers change what they get."""
     result = copy.copy(graph)
     result.graph = copy.deepcopy(graph.graph)
+    # The copy has taken the graph from its owner, which passes would add submodules to.
+    graph.graph.owning_module = graph
     result.recompile()
     return result
 

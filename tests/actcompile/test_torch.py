@@ -1,0 +1,32 @@
+"""What this package makes of torch's private names."""
+
+import copy
+
+import torch
+
+import actcompile
+from actcompile._gpt import GPT
+from actcompile._torch import copied
+
+
+def test_a_copied_graph_stays_with_its_owner() -> None:
+    graph = torch.fx.symbolic_trace(lambda x: x + 1)
+    copied(graph)
+    assert graph.graph.owning_module is graph
+
+
+def test_dropout_with_random_numbers_of_eager_compiles() -> None:
+    model = GPT(layers=1, width=32, heads=2, ff=64, vocabulary=16, tokens=8, dropout=0.5)
+    other = copy.deepcopy(model)
+    settings = {"fallback_random": True}
+    ids = torch.randint(16, (4, 8))
+    losses = []
+    for call in (
+        torch.compile(model, backend="act", options={"bits": 8, "min_numel": 0, "inductor": settings}),
+        torch.compile(other, options=settings),
+    ):
+        torch.manual_seed(0)
+        losses.append(call(ids, ids))
+    torch.testing.assert_close(*losses)
+    losses[0].backward()
+    assert actcompile.report(model).rows
