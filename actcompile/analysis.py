@@ -100,6 +100,10 @@ def _describe(pair: GraphPair, slot: Slot, num_gradients: int, returned: set[fx.
         kind="leaf" if num_gradients == 1 else "path",
         index_range=_index_range(value_chain(source)[-1]),
         obstacle=_obstacle(pair, slot, role, root in returned),
+        movable=role in (Role.ACTIVATION, Role.BOUNDARY)
+        and root not in returned
+        and not _is_mutated(source)
+        and not free_unbacked_symbols(value),
     )
 
 
@@ -111,7 +115,7 @@ def _obstacle(pair: GraphPair, slot: Slot, role: Role, is_returned: bool) -> str
         return f"the {role} is there anyway"
     if is_returned:
         return "the caller holds it: it is an output of the graph"
-    if role is Role.BOUNDARY and any(user.target is aten.copy_.default for user in source.users):
+    if role is Role.BOUNDARY and _is_mutated(source):
         return "it is mutated in place"
     if free_unbacked_symbols(value):
         return "its size is known only when it runs"
@@ -130,6 +134,10 @@ def _obstacle(pair: GraphPair, slot: Slot, role: Role, is_returned: bool) -> str
     if _divides(slot.placeholder):
         return "the backward divides by it, and rounding may take it to zero"
     return ""
+
+
+def _is_mutated(source: fx.Node) -> bool:
+    return any(user.target is aten.copy_.default for user in source.users)
 
 
 def _divides(placeholder: fx.Node) -> bool:

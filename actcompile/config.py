@@ -36,7 +36,6 @@ LOWERINGS = ("inductor", "eager")
 # Fields that are part of the interface but that this release does not act on: field -> what to use instead.
 _NOT_YET: Mapping[str, str] = {
     "sparsity": "set bits",
-    "offload": "set bits",
     "profile_every": "leave it out",
 }
 
@@ -58,7 +57,8 @@ class Config:
         sparsity: Share of elements dropped from the inputs of linear layers. Not available in this release.
         sparse_value_bits: Bits of the values that are left: 16, 8 or 4.
         recompute: "none" saves what torch.compile saves; "cheap" also recomputes what needs no matrix product.
-        offload: Moves codes to the host's memory. Not available in this release.
+        offload: Moves what is stored, codes and exact tensors, to the host's memory until the backward needs it; with
+            ``memory``, which counts the device's bytes, only what does not fit at 4 bits.
         min_numel: Tensors with fewer elements stay exact. Default 4096.
         skip: Module-name patterns, as of fnmatch, whose tensors stay exact.
         seed: Of the rounding noise; the default is torch.initial_seed().
@@ -150,6 +150,11 @@ class Config:
         return bool(self.setting("auto")) or (self.auto is None and (self.memory or self.noise) is not None)
 
     @property
+    def offloads(self) -> bool:
+        """Whether what is stored may be moved to the host's memory."""
+        return bool(self.setting("offload"))
+
+    @property
     def lossy(self) -> bool:
         """Whether any saved tensor may come back with rounding noise; a plan must be resolved."""
         if isinstance(self.plan, Plan):
@@ -202,10 +207,9 @@ def _check_targets(config: Config) -> None:
         raise ConfigError(f"at most one of bits, memory and noise can be the target, got {values}: keep one of them")
     if config.noise is not None and config.auto is False:
         raise ConfigError(f"noise needs sensitivities, got noise={config.noise!r} and auto=False: leave auto out")
-    if config.plan is not None and (given or config.level is not None):
-        raise ConfigError(
-            f"a plan already says what is stored, got plan and {', '.join(given) or 'level'}: give one or the other"
-        )
+    others = [*given, *(name for name in ("level", "offload") if getattr(config, name))]
+    if config.plan is not None and others:
+        raise ConfigError(f"a plan already says what is stored, got plan and {', '.join(others)}: give one of them")
 
 
 def _check_bits(config: Config) -> None:

@@ -10,6 +10,7 @@ Terms, used throughout with these meanings:
     row            one saved tensor, as analysis describes it
     decision       what is stored in place of a row
     plan           one decision per row
+    offload        moving what is stored to the host's memory until the backward needs it
     group          elements that share one scale and one zero point
 """
 
@@ -61,7 +62,8 @@ class SavedTensor:
 
     ``key`` names it across graphs, batch sizes and processes: module path, operator and, where these repeat, a number.
     ``shape`` holds the sizes of the traced call, ``nbytes`` and ``numel`` their product; ``symbolic_shape`` prints the
-    symbols of a dynamic graph. ``obstacle`` says why it must stay exact, or is empty.
+    symbols of a dynamic graph. ``obstacle`` says why it must stay exact, or is empty; ``movable`` whether a copy of it
+    elsewhere would free its memory.
     """
 
     key: str
@@ -78,17 +80,19 @@ class SavedTensor:
     kind: str = "path"
     index_range: int | None = None
     obstacle: str = ""
+    movable: bool = True
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What is stored in place of one saved tensor, and why."""
+    """What is stored in place of one saved tensor, and why; with ``offload``, in the host's memory."""
 
     action: Action
     reason: str
     bits: int | None = None
     group_size: int | None = None
     dtype: torch.dtype | None = None
+    offload: bool = False
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,7 @@ class Plan(Mapping[str, Decision]):
 
 
 def _to_jsonable(decision: Decision) -> dict[str, Any]:
-    entry = {name: value for name, value in asdict(decision).items() if value is not None}
+    entry = {name: value for name, value in asdict(decision).items() if value is not None and value is not False}
     entry["action"] = str(decision.action)
     if decision.dtype is not None:
         entry["dtype"] = str(decision.dtype).removeprefix("torch.")

@@ -1,20 +1,15 @@
 """Decides what is stored for each saved tensor. Pure: rows and settings in, a plan out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
-
-import torch
+from dataclasses import dataclass, replace
 
 from .allocation import Option, fewest_nbytes, least_noise
 from .config import CODE_BITS, Config
+from .decisions import OFFLOAD_MIN_NBYTES, decide, host_nbytes, nbytes_at, noise_of, stored_nbytes, ways_to_store
 from .errors import ConfigError
 from .plan import Action, Decision, Plan, Profile, Role, SavedTensor
-from .triton_kernels.pack_bool import packed_nbytes
-from .triton_kernels.quantize import quantized_nbytes
 
-# Integer types from the narrowest, with the number of non-negative values each holds.
-_NARROW_TYPES = ((torch.uint8, 2**8), (torch.int16, 2**15), (torch.int32, 2**31))
+__all__ = ["ProbedGraph", "host_nbytes", "make_plan", "solve", "stored_nbytes"]
 
 
 @dataclass(frozen=True)
@@ -29,15 +24,21 @@ def make_plan(rows: Sequence[SavedTensor], config: Config, budget_nbytes: float 
     """One decision per row: the plan of ``config`` where it brings one, else lossless steps and uniform bits, those of
     ``config`` or as many as ``budget_nbytes`` allow.
 
+    While a graph waits to be probed, nothing is offloaded.
+
     Raises:
-        ConfigError: When the plan that ``config`` brings does not cover the rows, or one bit takes too much memory.
+        ConfigError: When the plan that ``config`` brings does not cover the rows, or the least takes too much memory.
     """
     if isinstance(config.plan, Plan):
         return config.plan.select(rows)
-    if budget_nbytes is None:
-        return _uniform(rows, config, config.code_bits)
-    for bits in (None, *reversed(CODE_BITS)):
+    if budget_nbytes is None or (config.automatic and config.offloads):
+        uniform = _uniform(rows, config, config.code_bits)
+        return _offloaded([rows], [uniform])[0] if config.offloads and not config.automatic else uniform
+    widths: list[int | None] = [None] if config.code_bits is None else [None, *reversed(CODE_BITS)]
+    for position, bits in enumerate(widths):
         plan = _uniform(rows, config, bits)
+        if config.offloads and position >= widths.index(config.code_bits):
+            (plan,) = _offloaded([rows], [plan], budget_nbytes)
         if _counted_nbytes(rows, plan) <= budget_nbytes:
             return plan
     raise _infeasible(config, _counted_nbytes(rows, plan))
@@ -45,137 +46,126 @@ def make_plan(rows: Sequence[SavedTensor], config: Config, budget_nbytes: float 
 
 def solve(graphs: Sequence[ProbedGraph], config: Config, budget_nbytes: float | None = None) -> list[Plan]:
     """One plan per graph, all solved together: the least noise at the bytes that ``config`` allows, or the fewest bytes
-    at its noise.
+    at its noise. With ``config.offload`` and a budget, codes keep their mean bits as long as offloading suffices.
 
     Raises:
         ConfigError: When no plan takes so few bytes.
     """
-    lossless = [_uniform(graph.rows, config, None) for graph in graphs]
-    coarse = [_uniform(graph.rows, config, CODE_BITS[0]) for graph in graphs]
-    chosen = [
-        (index, row)
-        for index, graph in enumerate(graphs)
-        for row in graph.rows
-        if coarse[index][row.key].action is Action.QUANTIZE
-    ]
-    ways = [_ways(row, config) for _, row in chosen]
-    options = [
-        [Option(stored_nbytes(row, way), _noise(row, way, graphs[index].profile)) for way in row_ways]
-        for (index, row), row_ways in zip(chosen, ways, strict=True)
-    ]
+    choice = _Choice.among(graphs, config)
+    rows, mean_bits = [graph.rows for graph in graphs], config.average_bits
+    assert mean_bits is not None
     if config.noise is not None:
-        square = sum(graph.profile.gradient_square for graph in graphs)
-        picked = fewest_nbytes(options, config.noise * square)
-    else:
-        budget = _average_nbytes([row for _, row in chosen], config)
+        noise = config.noise * sum(graph.profile.gradient_square for graph in graphs)
+        plans = choice.plans(fewest_nbytes(choice.options, noise))
+        return _offloaded(rows, plans) if config.offloads else plans
+    if budget_nbytes is None:
+        plans = choice.within(choice.nbytes_at(mean_bits))
+        return _offloaded(rows, plans) if config.offloads else plans
+    room = budget_nbytes - choice.fixed_nbytes
+    if not config.offloads:
+        if room < choice.least_nbytes:
+            raise _infeasible(config, choice.fixed_nbytes + choice.least_nbytes)
+        return choice.within(room)
+    for bits in (mean_bits, *(bits for bits in reversed(CODE_BITS) if bits < mean_bits)):
+        plans = _offloaded(rows, choice.within(max(room, choice.nbytes_at(bits))), budget_nbytes)
+        nbytes = sum(map(_counted_nbytes, rows, plans))
+        if nbytes <= budget_nbytes:
+            return plans
+    raise _infeasible(config, nbytes)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The rows of all graphs that can be quantized: for each its graph, and the ways to store it with their price."""
+
+    config: Config
+    lossless: list[Plan]
+    chosen: list[tuple[int, SavedTensor]]
+    ways: list[list[Decision]]
+    options: list[list[Option]]
+    fixed_nbytes: int
+
+    @classmethod
+    def among(cls, graphs: Sequence[ProbedGraph], config: Config) -> "_Choice":
+        """The choice that the rows of ``graphs`` leave."""
+        lossless = [_uniform(graph.rows, config, None) for graph in graphs]
+        coarse = [_uniform(graph.rows, config, CODE_BITS[0]) for graph in graphs]
+        chosen = [
+            (index, row)
+            for index, graph in enumerate(graphs)
+            for row in graph.rows
+            if coarse[index][row.key].action is Action.QUANTIZE
+        ]
+        ways = [ways_to_store(row, config) for _, row in chosen]
+        options = [
+            [Option(stored_nbytes(row, way), noise_of(row, way, graphs[index].profile)) for way in row_ways]
+            for (index, row), row_ways in zip(chosen, ways, strict=True)
+        ]
         exact = sum(_counted_nbytes(graph.rows, plan) for graph, plan in zip(graphs, lossless, strict=True))
-        fixed = exact - sum(row.nbytes for _, row in chosen)
-        if budget_nbytes is not None:
-            budget = budget_nbytes - fixed
-        found = least_noise(options, budget)
-        if found is None:
-            raise _infeasible(config, fixed + sum(min(way.nbytes for way in row_ways) for row_ways in options))
-        picked = found
-    decisions = [dict(plan) for plan in lossless]
-    for (index, row), row_ways, pick in zip(chosen, ways, picked, strict=True):
-        decisions[index][row.key] = row_ways[pick]
+        return cls(config, lossless, chosen, ways, options, exact - sum(row.nbytes for _, row in chosen))
+
+    @property
+    def least_nbytes(self) -> int:
+        """Bytes of the smallest way to store each row."""
+        return sum(min(way.nbytes for way in row_ways) for row_ways in self.options)
+
+    def nbytes_at(self, bits: float) -> float:
+        """Bytes of all rows at codes of ``bits``."""
+        return sum(nbytes_at(row, bits, self.config.group_size) for _, row in self.chosen)
+
+    def within(self, nbytes: float) -> list[Plan]:
+        """The plans of the least noise; ``nbytes`` must be no less than ``least_nbytes``."""
+        picked = least_noise(self.options, nbytes)
+        assert picked is not None, nbytes
+        return self.plans(picked)
+
+    def plans(self, picked: Sequence[int]) -> list[Plan]:
+        """One plan per graph, with the way at index ``picked`` for each row."""
+        decisions = [dict(plan) for plan in self.lossless]
+        for (index, row), row_ways, pick in zip(self.chosen, self.ways, picked, strict=True):
+            decisions[index][row.key] = row_ways[pick]
+        return [Plan(plan) for plan in decisions]
+
+
+def _offloaded(
+    graphs: Sequence[Sequence[SavedTensor]], plans: Sequence[Plan], budget_nbytes: float = -1.0
+) -> list[Plan]:
+    """``plans`` with what is worth a transfer moved to the host, the largest first, until the rest fits the budget."""
+    decisions = [dict(plan) for plan in plans]
+    device_nbytes = sum(map(_counted_nbytes, graphs, plans))
+    candidates = [
+        (stored_nbytes(row, plan[row.key]), index, row.key)
+        for index, (rows, plan) in enumerate(zip(graphs, plans, strict=True))
+        for row in rows
+        if row.movable and row.nbytes >= OFFLOAD_MIN_NBYTES
+    ]
+    for nbytes, index, key in sorted(candidates, key=lambda candidate: -candidate[0]):
+        if device_nbytes <= budget_nbytes:
+            break
+        decision = decisions[index][key]
+        reason = f"{decision.reason}; in the host's memory meanwhile"
+        decisions[index][key] = replace(decision, offload=True, reason=reason)
+        device_nbytes -= nbytes
     return [Plan(plan) for plan in decisions]
 
 
-def _average_nbytes(rows: Sequence[SavedTensor], config: Config) -> float:
-    """Bytes of ``rows`` at the mean bits of ``config``."""
-    assert config.average_bits is not None
-    return sum(_nbytes_at(row, config.average_bits, config.group_size) for row in rows)
-
-
 def _infeasible(config: Config, least_nbytes: int) -> ConfigError:
+    least = "without loss" if config.code_bits is None else f"at {CODE_BITS[0]} bit per element"
+    if config.offloads:
+        least += f" on the device, where tensors below {OFFLOAD_MIN_NBYTES // 2**20} MiB stay"
     return ConfigError(
-        f"memory must leave room for what is saved at {CODE_BITS[0]} bit per element, {least_nbytes} bytes "
-        f"({least_nbytes / 2**20:.1f} MiB) for this model and batch, got {config.memory!r}: give that much, or make "
-        "the batch smaller"
+        f"memory must leave room for what is saved {least}, {least_nbytes} bytes ({least_nbytes / 2**20:.1f} MiB) for "
+        f"this model and batch, got {config.memory!r}: give that much, "
+        f"{'' if config.offloads else 'set offload=True, '}or make the batch smaller"
     )
 
 
 def _counted_nbytes(rows: Sequence[SavedTensor], plan: Plan) -> int:
-    """Bytes stored for rows that are there for the backward alone."""
+    """Bytes of the device stored for rows that are there for the backward alone."""
     counted = (row for row in rows if row.role in (Role.ACTIVATION, Role.BOUNDARY))
     return sum(stored_nbytes(row, plan[row.key]) for row in counted)
 
 
-def _ways(row: SavedTensor, config: Config) -> list[Decision]:
-    """What may be stored for a row that can be quantized, from the fewest bytes."""
-    reason = "least noise at these bytes"
-    if row.role is Role.BOUNDARY:
-        reason += "; memory falls once the caller drops the tensor"
-    ways = [Decision(Action.QUANTIZE, reason, bits=bits, group_size=config.group_size) for bits in CODE_BITS]
-    smaller = [way for way in ways if stored_nbytes(row, way) < row.nbytes]
-    return [*smaller, Decision(Action.KEEP, "exact is worth its bytes")]
-
-
-def _noise(row: SavedTensor, decision: Decision, profile: Profile) -> float:
-    """The variance that a decision adds to the gradient."""
-    known = profile.sensitivities.get(row.key)
-    return 0.0 if decision.bits is None or known is None else known.variance[decision.bits]
-
-
-def _nbytes_at(row: SavedTensor, bits: float, group_size: int) -> float:
-    """Bytes of codes of ``bits``, which may lie between two widths, with scales and zeros."""
-    without = quantized_nbytes(row.numel, 0, group_size, row.dtype)
-    return without + (quantized_nbytes(row.numel, 8, group_size, row.dtype) - without) * bits / 8
-
-
-def stored_nbytes(row: SavedTensor, decision: Decision) -> int:
-    """Bytes that ``decision`` stores for ``row``, metadata included."""
-    match decision.action:
-        case Action.KEEP:
-            return row.nbytes
-        case Action.PACK:
-            return packed_nbytes(row.numel)
-        case Action.NARROW:
-            assert decision.dtype is not None
-            return row.numel * decision.dtype.itemsize
-        case Action.QUANTIZE:
-            assert decision.bits is not None and decision.group_size is not None
-            return quantized_nbytes(row.numel, decision.bits, decision.group_size, row.dtype)
-
-
 def _uniform(rows: Sequence[SavedTensor], config: Config, bits: int | None) -> Plan:
     """Lossless steps, and codes of ``bits`` where these help."""
-    return Plan({row.key: _decide(row, config, bits) for row in rows})
-
-
-def _decide(row: SavedTensor, config: Config, bits: int | None) -> Decision:
-    obstacle = row.obstacle or _setting_against(row, config)
-    if obstacle:
-        return Decision(Action.KEEP, obstacle)
-    if row.dtype == torch.bool:
-        return Decision(Action.PACK, "a mask needs one bit per element")
-    if not row.dtype.is_floating_point:
-        return _narrow(row)
-    if bits is None:
-        return Decision(Action.KEEP, "the settings are lossless")
-    reason = "uniform bits until the first backward is probed" if config.automatic else "uniform bits"
-    if row.role is Role.BOUNDARY:
-        reason += "; memory falls once the caller drops the tensor"
-    decision = Decision(Action.QUANTIZE, reason, bits=bits, group_size=config.group_size)
-    if stored_nbytes(row, decision) >= row.nbytes:
-        return Decision(Action.KEEP, "codes would take no fewer bytes")
-    return decision
-
-
-def _setting_against(row: SavedTensor, config: Config) -> str:
-    if row.numel < config.smallest_numel:
-        return f"it has fewer than {config.smallest_numel} elements (min_numel)"
-    for pattern in config.skip:
-        if fnmatchcase(row.module, pattern):
-            return f"its module matches {pattern!r} (skip)"
-    return ""
-
-
-def _narrow(row: SavedTensor) -> Decision:
-    if row.index_range is None:
-        return Decision(Action.KEEP, "the range of its integers is not known")
-    for dtype, num_values in _NARROW_TYPES:
-        if row.index_range <= num_values and dtype.itemsize < row.dtype.itemsize:
-            return Decision(Action.NARROW, f"its integers lie below {row.index_range}", dtype=dtype)
-    return Decision(Action.KEEP, "its integers need their width")
+    return Plan({row.key: decide(row, config, bits) for row in rows})
