@@ -7,6 +7,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from .passes._cones import cone, cone_inputs, num_flops
 from .passes._fx import (
     GraphPair,
     Slot,
@@ -16,7 +17,7 @@ from .passes._fx import (
 )
 from .passes._naming import module_path, operator_name, source_line
 from .passes._views import VALUE_PRESERVING_OPS, storage, value_chain
-from .plan import Role, SavedTensor
+from .plan import Recomputation, Role, SavedTensor
 
 aten = torch.ops.aten
 
@@ -104,7 +105,16 @@ def _describe(pair: GraphPair, slot: Slot, num_gradients: int, returned: set[fx.
         and root not in returned
         and not _is_mutated(source)
         and not free_unbacked_symbols(value),
+        recomputation=_recomputation(pair, slot),
     )
+
+
+def _recomputation(pair: GraphPair, slot: Slot) -> Recomputation | None:
+    nodes = cone(pair, slot) if slot.source.op == "call_function" else None
+    if nodes is None:
+        return None
+    keys = {other.source: other.key for other in pair.slots}
+    return Recomputation(num_flops(nodes), tuple(keys[node] for node in cone_inputs(nodes)))
 
 
 def _obstacle(pair: GraphPair, slot: Slot, role: Role, is_returned: bool) -> str:

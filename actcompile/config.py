@@ -56,7 +56,8 @@ class Config:
         group_size: Elements that share one scale: a power of two from 32 to 4096.
         sparsity: Share of elements dropped from the inputs of linear layers. Not available in this release.
         sparse_value_bits: Bits of the values that are left: 16, 8 or 4.
-        recompute: "none" saves what torch.compile saves; "cheap" also recomputes what needs no matrix product.
+        recompute: "none" saves what torch.compile saves; "cheap" also recomputes what needs no matrix product; "full"
+            repeats matrix products too, where ``memory`` cannot be met at 4 bits (without loss, at 32) otherwise.
         offload: Moves what is stored, codes and exact tensors, to the host's memory until the backward needs it; with
             ``memory``, which counts the device's bytes, only what does not fit at 4 bits.
         min_numel: Tensors with fewer elements stay exact. Default 4096.
@@ -160,6 +161,12 @@ class Config:
         if isinstance(self.plan, Plan):
             return any(decision.action is Action.QUANTIZE for decision in self.plan.values())
         return self.code_bits is not None
+
+    @property
+    def partition_mode(self) -> str:
+        """What ``recompute`` says, or what the plan needs."""
+        planned = isinstance(self.plan, Plan) and any(d.action is Action.RECOMPUTE for d in self.plan.values())
+        return "full" if planned else self.recompute
 
     @property
     def smallest_numel(self) -> int:
@@ -279,8 +286,6 @@ def _check_availability(config: Config) -> None:
         if value is not None and value is not False:
             origin = f" (from level {config.level!r})" if getattr(config, name) is None else ""
             raise ConfigError(f"{name} is not available in this release, got {value!r}{origin}: {remedy}")
-    if config.recompute == "full":
-        raise ConfigError("recompute='full' is not available in this release: use 'cheap'")
 
 
 _CHECKS = (

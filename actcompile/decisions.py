@@ -39,6 +39,8 @@ def _encoded_nbytes(row: SavedTensor, decision: Decision) -> int:
         case Action.QUANTIZE:
             assert decision.bits is not None and decision.group_size is not None
             return quantized_nbytes(row.numel, decision.bits, decision.group_size, row.dtype)
+        case Action.RECOMPUTE:
+            return 0
 
 
 def nbytes_at(row: SavedTensor, bits: float, group_size: int) -> float:
@@ -77,6 +79,13 @@ def ways_to_store(row: SavedTensor, config: Config) -> list[Decision]:
     ways = [Decision(Action.QUANTIZE, reason, bits=bits, group_size=config.group_size) for bits in CODE_BITS]
     smaller = [way for way in ways if stored_nbytes(row, way) < row.nbytes]
     return [*smaller, Decision(Action.KEEP, "exact is worth its bytes")]
+
+
+def may_recompute(row: SavedTensor, config: Config) -> bool:
+    """Whether the backward may compute ``row`` again, from tensors that may be noisy."""
+    if row.recomputation is None or row.role is not Role.ACTIVATION or not row.dtype.is_floating_point:
+        return False
+    return not row.obstacle and not _setting_against(row, config)
 
 
 def _caution(row: SavedTensor) -> str:

@@ -37,6 +37,7 @@ class Action(str, Enum):
     PACK = "pack"  # a bool tensor, one bit per element
     NARROW = "narrow"  # integers, in the narrowest type that holds their range
     QUANTIZE = "quantize"  # codes of a few bits per element, with a scale and a zero point per group
+    RECOMPUTE = "recompute"  # not stored: the backward computes it again from other saved tensors
 
     def __str__(self) -> str:
         return self.value
@@ -57,13 +58,21 @@ class Role(str, Enum):
 
 
 @dataclass(frozen=True)
+class Recomputation:
+    """What it takes to compute a saved tensor again: floating-point operations, and the keys of the rows it reads."""
+
+    flops: int
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class SavedTensor:
     """One saved tensor of one graph.
 
     ``key`` names it across graphs, batch sizes and processes: module path, operator and, where these repeat, a number.
     ``shape`` holds the sizes of the traced call, ``nbytes`` and ``numel`` their product; ``symbolic_shape`` prints the
     symbols of a dynamic graph. ``obstacle`` says why it must stay exact, or is empty; ``movable`` whether a copy of it
-    elsewhere would free its memory.
+    elsewhere would free its memory; ``recomputation`` how the backward could do without it.
     """
 
     key: str
@@ -81,6 +90,7 @@ class SavedTensor:
     index_range: int | None = None
     obstacle: str = ""
     movable: bool = True
+    recomputation: Recomputation | None = None
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,20 @@
 """Decides what is stored for each saved tensor. Pure: rows and settings in, a plan out."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from .allocation import Option, fewest_nbytes, least_noise
 from .config import CODE_BITS, Config
-from .decisions import OFFLOAD_MIN_NBYTES, decide, host_nbytes, nbytes_at, noise_of, stored_nbytes, ways_to_store
+from .decisions import (
+    OFFLOAD_MIN_NBYTES,
+    decide,
+    host_nbytes,
+    may_recompute,
+    nbytes_at,
+    noise_of,
+    stored_nbytes,
+    ways_to_store,
+)
 from .errors import ConfigError
 from .plan import Action, Decision, Plan, Profile, Role, SavedTensor
 
@@ -14,10 +23,11 @@ __all__ = ["ProbedGraph", "host_nbytes", "make_plan", "solve", "stored_nbytes"]
 
 @dataclass(frozen=True)
 class ProbedGraph:
-    """The rows of one graph with their sensitivities."""
+    """The rows of one graph with their sensitivities, and the keys of those that were recomputed meanwhile."""
 
     rows: Sequence[SavedTensor]
     profile: Profile
+    recomputed: frozenset[str] = frozenset()
 
 
 def make_plan(rows: Sequence[SavedTensor], config: Config, budget_nbytes: float | None = None) -> Plan:
@@ -37,8 +47,11 @@ def make_plan(rows: Sequence[SavedTensor], config: Config, budget_nbytes: float 
     widths: list[int | None] = [None] if config.code_bits is None else [None, *reversed(CODE_BITS)]
     for position, bits in enumerate(widths):
         plan = _uniform(rows, config, bits)
-        if config.offloads and position >= widths.index(config.code_bits):
-            (plan,) = _offloaded([rows], [plan], budget_nbytes)
+        if position >= widths.index(config.code_bits):
+            if config.offloads:
+                (plan,) = _offloaded([rows], [plan], budget_nbytes)
+            elif config.recompute == "full":
+                plan = _recomputed(rows, plan, config, budget_nbytes)
         if _counted_nbytes(rows, plan) <= budget_nbytes:
             return plan
     raise _infeasible(config, _counted_nbytes(rows, plan))
@@ -46,7 +59,8 @@ def make_plan(rows: Sequence[SavedTensor], config: Config, budget_nbytes: float 
 
 def solve(graphs: Sequence[ProbedGraph], config: Config, budget_nbytes: float | None = None) -> list[Plan]:
     """One plan per graph, all solved together: the least noise at the bytes that ``config`` allows, or the fewest bytes
-    at its noise. With ``config.offload`` and a budget, codes keep their mean bits as long as offloading suffices.
+    at its noise. With ``config.offload`` and a budget, codes keep their mean bits as long as offloading suffices. What
+    was recomputed while the graphs were probed, stays so: sensitivities hold for that.
 
     Raises:
         ConfigError: When no plan takes so few bytes.
@@ -88,13 +102,13 @@ class _Choice:
     @classmethod
     def among(cls, graphs: Sequence[ProbedGraph], config: Config) -> "_Choice":
         """The choice that the rows of ``graphs`` leave."""
-        lossless = [_uniform(graph.rows, config, None) for graph in graphs]
+        lossless = [_recomputing(_uniform(graph.rows, config, None), graph.recomputed) for graph in graphs]
         coarse = [_uniform(graph.rows, config, CODE_BITS[0]) for graph in graphs]
         chosen = [
             (index, row)
             for index, graph in enumerate(graphs)
             for row in graph.rows
-            if coarse[index][row.key].action is Action.QUANTIZE
+            if coarse[index][row.key].action is Action.QUANTIZE and row.key not in graph.recomputed
         ]
         ways = [ways_to_store(row, config) for _, row in chosen]
         options = [
@@ -127,6 +141,33 @@ class _Choice:
         return [Plan(plan) for plan in decisions]
 
 
+def _recomputed(rows: Sequence[SavedTensor], plan: Plan, config: Config, budget_nbytes: float) -> Plan:
+    """``plan`` with rows recomputed until the rest fits: those first that cost the fewest operations per byte, and of
+    equal ones the largest. What one of them reads is stored.
+    """
+    left = _counted_nbytes(rows, plan)
+    candidates = [
+        (row.recomputation.flops / row.nbytes, -row.nbytes, row, row.recomputation.sources)
+        for row in rows
+        if row.recomputation is not None and may_recompute(row, config)
+    ]
+    chosen: set[str] = set()
+    needed: set[str] = set()
+    for _, _, row, sources in sorted(candidates, key=lambda candidate: candidate[:2]):
+        if left <= budget_nbytes:
+            break
+        if row.key not in needed and chosen.isdisjoint(sources):
+            chosen.add(row.key)
+            needed.update(sources)
+            left -= stored_nbytes(row, plan[row.key])
+    return _recomputing(plan, chosen)
+
+
+def _recomputing(plan: Plan, keys: Collection[str]) -> Plan:
+    reason = "computed again in the backward: there is no room for it"
+    return plan.merged(Plan({key: Decision(Action.RECOMPUTE, reason) for key in plan if key in keys}))
+
+
 def _offloaded(
     graphs: Sequence[Sequence[SavedTensor]], plans: Sequence[Plan], budget_nbytes: float = -1.0
 ) -> list[Plan]:
@@ -153,10 +194,13 @@ def _infeasible(config: Config, least_nbytes: int) -> ConfigError:
     least = "without loss" if config.code_bits is None else f"at {CODE_BITS[0]} bit per element"
     if config.offloads:
         least += f" on the device, where tensors below {OFFLOAD_MIN_NBYTES // 2**20} MiB stay"
+    remedies = [] if config.offloads else ["set offload=True"]
+    if not config.offloads and config.recompute != "full":
+        remedies.append("set recompute='full'")
     return ConfigError(
         f"memory must leave room for what is saved {least}, {least_nbytes} bytes ({least_nbytes / 2**20:.1f} MiB) for "
-        f"this model and batch, got {config.memory!r}: give that much, "
-        f"{'' if config.offloads else 'set offload=True, '}or make the batch smaller"
+        f"this model and batch, got {config.memory!r}: "
+        f"{', '.join(['give that much', *remedies, 'or make the batch smaller'])}"
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from ._torch import current_frame
 from .config import Config, parse_nbytes
 from .memory import Timeline, step_timeline
-from .plan import Plan, Profile, Role, SavedTensor
+from .plan import Action, Plan, Profile, Role, SavedTensor
 from .planner import ProbedGraph, solve, stored_nbytes
 from .sensitivity import Probe
 
@@ -35,6 +35,11 @@ class GraphRecord:
     def profile(self) -> Profile | None:
         """What probing found, once it has."""
         return None if self.probe is None else self.probe.profile
+
+    @property
+    def recomputed(self) -> frozenset[str]:
+        """Keys of the rows that the backward computes again."""
+        return frozenset(key for key, decision in self.plan.items() if decision.action is Action.RECOMPUTE)
 
     @property
     def baseline_nbytes(self) -> int:
@@ -92,7 +97,9 @@ def solved_plan(record: GraphRecord) -> Plan:
         ConfigError: When no plan reaches the target.
     """
     together = [other for other in _records if other.config == record.config and other.profile is not None]
-    graphs = [ProbedGraph(other.rows, other.profile) for other in together if other.profile is not None]
+    graphs = [
+        ProbedGraph(other.rows, other.profile, other.recomputed) for other in together if other.profile is not None
+    ]
     # A share of each graph, or one number of bytes for all of them.
     budgets = [other.budget_nbytes() for other in together]
     budget = sum(filter(None, budgets)) if isinstance(record.config.memory, float) else budgets[0]

@@ -6,7 +6,8 @@ import pytest
 
 import actcompile
 from actcompile import Config, ConfigError, Plan
-from actcompile.config import LEVELS, parse_nbytes
+from actcompile.config import LEVELS, RECOMPUTE, parse_nbytes
+from actcompile.plan import Action, Decision
 
 # settings -> the rule, the value and the remedy that the message must name.
 REJECTED = [
@@ -107,6 +108,13 @@ def test_levels_that_offload(level: str, bits: int | None, auto: bool) -> None:
 
 def test_only_these_levels_offload() -> None:
     assert [level for level in LEVELS if Config(level=level).offloads] == ["L3", "swap", "L4bit-swap"]
+
+
+def test_a_plan_that_recomputes_needs_what_full_offers() -> None:
+    kept, again = Decision(Action.KEEP, ""), Decision(Action.RECOMPUTE, "")
+    assert Config(plan=Plan({"a": kept})).partition_mode == "cheap"
+    assert Config(plan=Plan({"a": kept, "b": again})).partition_mode == "full"
+    assert [Config(recompute=mode).partition_mode for mode in RECOMPUTE] == list(RECOMPUTE)
 
 
 def test_from_options_names_the_fields() -> None:

@@ -20,6 +20,7 @@ PLAN = Plan(
         "2/max": Decision(Action.NARROW, "small", dtype=torch.int16),
         "2/max#2": Decision(Action.KEEP, "it is a statistic"),
         "3/mm": Decision(Action.QUANTIZE, "moved", bits=4, group_size=256, offload=True),
+        "4/mm": Decision(Action.RECOMPUTE, "no room"),
     }
 )
 
@@ -56,8 +57,8 @@ def test_plans_from_before_offloading_are_read(tmp_path: Path) -> None:
 
 
 def test_reads_like_a_dict() -> None:
-    assert len(PLAN) == 5
-    assert list(PLAN) == ["0/addmm", "1/gt", "2/max", "2/max#2", "3/mm"]
+    assert len(PLAN) == 6
+    assert list(PLAN) == ["0/addmm", "1/gt", "2/max", "2/max#2", "3/mm", "4/mm"]
     assert PLAN["1/gt"].action is Action.PACK
     assert PLAN.get("nothing") is None
 
@@ -65,7 +66,7 @@ def test_reads_like_a_dict() -> None:
 def test_merged() -> None:
     other = Plan({"1/gt": Decision(Action.KEEP, "kept"), "9/mm": Decision(Action.KEEP, "kept")})
     merged = PLAN.merged(other)
-    assert len(merged) == 6
+    assert len(merged) == 7
     assert merged["1/gt"].action is Action.KEEP
     assert PLAN["1/gt"].action is Action.PACK
 

@@ -9,7 +9,7 @@ import torch
 from actcompile import Config, ConfigError, Plan
 from actcompile.config import CODE_BITS
 from actcompile.decisions import OFFLOAD_MIN_NBYTES
-from actcompile.plan import Action, Decision, Profile, Role, SavedTensor, Sensitivity
+from actcompile.plan import Action, Decision, Profile, Recomputation, Role, SavedTensor, Sensitivity
 from actcompile.planner import ProbedGraph, host_nbytes, make_plan, solve, stored_nbytes
 
 ROW = SavedTensor(
@@ -75,6 +75,7 @@ STORED = [
     (Decision(Action.PACK, ""), 1024),
     (Decision(Action.NARROW, "", dtype=torch.int16), 16384),
     # 32 groups: codes, a bf16 scale and an fp32 zero each.
+    (Decision(Action.RECOMPUTE, ""), 0),
     (Decision(Action.QUANTIZE, "", bits=4, group_size=256), 4096 + 32 * 6),
     (Decision(Action.QUANTIZE, "", bits=3, group_size=256), 3072 + 32 * 6),
     (Decision(Action.QUANTIZE, "", bits=1, group_size=64), 1024 + 128 * 6),
@@ -294,7 +295,7 @@ def test_the_least_that_must_stay_on_the_device_is_named() -> None:
             make_plan(rows, config, least - 1)
         assert "set offload" not in str(found.value)
     for config in (Config(memory=10), Config(memory=10, auto=False)):
-        with pytest.raises(ConfigError, match="set offload=True, or make the batch smaller"):
+        with pytest.raises(ConfigError, match="set offload=True, set recompute='full', or make the batch smaller"):
             make_plan([LARGE], config, 10)
 
 
@@ -325,3 +326,82 @@ def test_two_thousand_tensors_are_planned_in_less_than_half_a_second() -> None:
     assert time.perf_counter() - start < 0.5
     assert total_nbytes(graph, plan) <= budget
     assert 500 < sum(decision.offload for decision in plan.values()) < 1500
+
+
+def again(key: str, flops: int, *sources: str, numel: int = 2**18, **changes: object) -> SavedTensor:
+    return row(key=key, numel=numel, recomputation=Recomputation(flops, sources), **changes)
+
+
+# Each could be computed from the one before it, at 1, 2 and 4 operations per element.
+CHAIN = [
+    row(key="x", numel=2**18),
+    again("cheap", 2**18, "x"),
+    again("middle", 2**19, "cheap"),
+    again("dear", 2**20, "middle"),
+]
+
+
+def recomputed(plan: Plan) -> list[str]:
+    return [key for key in plan if plan[key].action is Action.RECOMPUTE]
+
+
+def test_nothing_is_recomputed_while_4_bits_fit() -> None:
+    whole = sum(stored_nbytes(one, decide(one)) for one in CHAIN)
+    for budget in (None, whole):
+        config = Config(memory=budget, recompute="full", auto=False)
+        assert recomputed(make_plan(CHAIN, config, budget)) == []
+    assert recomputed(make_plan(CHAIN, Config(memory=whole - 1, auto=False), whole - 1)) == []
+
+
+def test_what_is_cheapest_per_byte_is_recomputed_and_what_it_reads_is_stored() -> None:
+    each = stored_nbytes(CHAIN[0], decide(CHAIN[0]))
+    coarse = stored_nbytes(CHAIN[0], decide(CHAIN[0], bits=2))
+    cases = ((4 * each - 1, ["cheap"], 4), (2 * each, ["cheap", "dear"], 4), (2 * coarse, ["cheap", "dear"], 2))
+    for budget, expected, bits in cases:
+        plan = make_plan(CHAIN, Config(memory=budget, recompute="full", auto=False), budget)
+        assert sum(stored_nbytes(one, plan[one.key]) for one in CHAIN) <= budget
+        assert recomputed(plan) == expected
+        assert {decision.bits for decision in plan.values()} == {None, bits}
+
+
+def test_of_equal_costs_the_largest_is_recomputed() -> None:
+    rows = [CHAIN[0], again("small", 2**18, "x"), again("large", 2**20, "x", numel=2**20)]
+    budget = sum(stored_nbytes(one, decide(one)) for one in rows) - 1
+    assert recomputed(make_plan(rows, Config(memory=budget, recompute="full", auto=False), budget)) == ["large"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings"),
+    [
+        ({"obstacle": "it is a statistic"}, {}),
+        ({"module": "head"}, {"skip": ("head",)}),
+        ({"role": Role.BOUNDARY}, {}),
+        ({"dtype": torch.bool}, {}),
+        ({"recomputation": None}, {}),
+        ({}, {"offload": True}),
+        ({}, {"recompute": "cheap"}),
+    ],
+)
+def test_what_is_not_recomputed(changes: dict[str, object], settings: dict[str, object]) -> None:
+    rows = [CHAIN[0], replace(again("y", 1, "x"), **changes)]  # type: ignore[arg-type]
+    budget = sum(stored_nbytes(one, decide(one, **settings)) for one in rows) - 1
+    config = Config(**{"memory": max(1, budget), "recompute": "full", "auto": False, **settings})  # type: ignore[arg-type]
+    assert recomputed(make_plan(rows, config, max(1, budget))) == []
+
+
+def test_a_lossless_level_recomputes() -> None:
+    budget = 2 * CHAIN[0].nbytes
+    plan = make_plan(CHAIN, Config(level="L0", memory=budget, recompute="full"), budget)
+    assert recomputed(plan) == ["cheap", "dear"] and plan["x"].action is Action.KEEP
+
+
+def test_what_was_recomputed_while_probing_stays_so() -> None:
+    graph = probed({"a": 1.0, "b": 1e-3, "c": 1e-6})
+    config = Config(memory=30_000, recompute="full")
+    (plan,) = solve([replace(graph, recomputed=frozenset("a"))], config, 30_000)
+    assert recomputed(plan) == ["a"]
+    assert total_nbytes(graph, plan) <= 30_000
+    least = 2 * (2**16 // 8 + 2**16 // 256 * 6)
+    with pytest.raises(ConfigError, match=f" {least} bytes") as found:
+        solve([replace(graph, recomputed=frozenset("a"))], config, least - 1)
+    assert "recompute=" not in str(found.value)
