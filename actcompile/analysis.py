@@ -2,6 +2,8 @@
 
 import math
 import operator
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -77,7 +79,9 @@ def analyze(pair: GraphPair) -> list[SavedTensor]:
     order = {node: position for position, node in enumerate(pair.backward.graph.nodes)}
     gradients = _reached_gradients(pair.backward.graph, order)
     returned = {storage(node) for node in pair.user_outputs if isinstance(node, fx.Node)}
-    return [_describe(pair, slot, len(gradients[slot.placeholder]), returned) for slot in pair.slots]
+    rows = [_describe(pair, slot, len(gradients[slot.placeholder]), returned) for slot in pair.slots]
+    keys = {slot.source: slot.key for slot in pair.slots}
+    return [replace(row, recomputation=_recomputation(slot, keys)) for row, slot in zip(rows, pair.slots, strict=True)]
 
 
 def _describe(pair: GraphPair, slot: Slot, num_gradients: int, returned: set[fx.Node]) -> SavedTensor:
@@ -105,16 +109,12 @@ def _describe(pair: GraphPair, slot: Slot, num_gradients: int, returned: set[fx.
         and root not in returned
         and not _is_mutated(source)
         and not free_unbacked_symbols(value),
-        recomputation=_recomputation(pair, slot),
     )
 
 
-def _recomputation(pair: GraphPair, slot: Slot) -> Recomputation | None:
-    nodes = cone(pair, slot) if slot.source.op == "call_function" else None
-    if nodes is None:
-        return None
-    keys = {other.source: other.key for other in pair.slots}
-    return Recomputation(num_flops(nodes), tuple(keys[node] for node in cone_inputs(nodes)))
+def _recomputation(slot: Slot, keys: Mapping[fx.Node, str]) -> Recomputation | None:
+    nodes = cone(slot.source, keys)
+    return None if nodes is None else Recomputation(num_flops(nodes), tuple(keys[node] for node in cone_inputs(nodes)))
 
 
 def _obstacle(pair: GraphPair, slot: Slot, role: Role, is_returned: bool) -> str:

@@ -57,7 +57,8 @@ class Config:
         sparsity: Share of elements dropped from the inputs of linear layers. Not available in this release.
         sparse_value_bits: Bits of the values that are left: 16, 8 or 4.
         recompute: "none" saves what torch.compile saves; "cheap" also recomputes what needs no matrix product; "full"
-            repeats matrix products too, where ``memory`` cannot be met at 4 bits (without loss, at 32) otherwise.
+            repeats matrix products too, where ``memory`` cannot be met at 4 bits (at level L0 without loss) otherwise
+            and ``offload`` is off.
         offload: Moves what is stored, codes and exact tensors, to the host's memory until the backward needs it; with
             ``memory``, which counts the device's bytes, only what does not fit at 4 bits.
         min_numel: Tensors with fewer elements stay exact. Default 4096.

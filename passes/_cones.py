@@ -2,13 +2,13 @@
 
 import math
 import operator
-from collections.abc import Collection
+from collections.abc import Container
 
 import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ._fx import GraphPair, Slot, hint
+from ._fx import hint
 from .pin_unstable import is_unstable
 
 aten = torch.ops.aten
@@ -27,36 +27,37 @@ _PRODUCTS = {
 }
 
 
-def cone(pair: GraphPair, slot: Slot, free: Collection[fx.Node] = ()) -> list[fx.Node] | None:
-    """The forward nodes that compute what ``slot`` holds from what other slots hold, in order.
+def cone(source: fx.Node, given: Container[fx.Node]) -> list[fx.Node] | None:
+    """The forward nodes that compute ``source`` from ``given`` nodes, in order.
 
     Args:
-        pair: The graphs, before any slot was replaced.
-        slot: A slot that holds the result of an operator.
-        free: Nodes that may be read besides.
+        source: A node of the forward; may be among ``given``.
+        given: What may be read: the sources of all slots, and what else the backward can have.
 
     Returns:
         None when there is an operator among them that must not run again: it draws random numbers, changes its inputs,
         turns small noise into large errors, was tagged by the user to be saved, or is none of PyTorch's own.
     """
-    found = {other.source for other in pair.slots if other is not slot}
-    pending, inside = [slot.source], set[fx.Node]()
-    while pending:
-        node = pending.pop()
-        if node in inside:
-            continue
-        if not _may_run_again(node) or len(inside) == _MOST_NODES:
-            return None
-        inside.add(node)
-        reads = (above for above in node.all_input_nodes if not isinstance(above.meta.get("val"), torch.SymInt))
-        pending.extend(above for above in reads if above not in found and above not in free)
-    return [node for node in pair.forward.graph.nodes if node in inside]
+    seen: set[fx.Node] = set()
+    ordered: list[fx.Node] = []
+
+    def visit(node: fx.Node) -> bool:
+        if node in seen or (node in given and node is not source) or isinstance(node.meta.get("val"), torch.SymInt):
+            return True
+        seen.add(node)
+        if len(seen) > _MOST_NODES or not _may_run_again(node) or not all(map(visit, node.all_input_nodes)):
+            return False
+        ordered.append(node)
+        return True
+
+    return ordered if visit(source) else None
 
 
 def cone_inputs(nodes: list[fx.Node]) -> list[fx.Node]:
     """The tensors that ``nodes`` read and do not compute."""
+    inside = set(nodes)
     read = dict.fromkeys(above for node in nodes for above in node.all_input_nodes)
-    return [node for node in read if node not in set(nodes) and isinstance(node.meta["val"], torch.Tensor)]
+    return [node for node in read if node not in inside and isinstance(node.meta["val"], torch.Tensor)]
 
 
 def num_flops(nodes: list[fx.Node]) -> int:

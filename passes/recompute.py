@@ -14,7 +14,7 @@ Never touches: what draws random numbers; comparisons, exponentials and the like
 the user tagged to be saved.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import torch
 from torch import fx
@@ -36,8 +36,9 @@ def recompute_saved(pair: GraphPair, plan: Plan) -> None:
     order = {node: position for position, node in enumerate(pair.backward.graph.nodes)}
     chosen = [slot for slot in pair.slots if plan[slot.key].action is Action.RECOMPUTE]
     chosen.sort(key=lambda slot: order[first_user(slot.placeholder)])
-    cones = [_cone(pair, slot, chosen) for slot in chosen]
-    received = {slot.source: slot.placeholder for slot in pair.slots if slot not in chosen}
+    dropped = {slot.source for slot in chosen}
+    received = {slot.source: slot.placeholder for slot in pair.slots if slot.source not in dropped}
+    cones = [_cone(slot, {*received, *dropped}, dropped) for slot in chosen]
     values = dict(received)
     last = 0
     for slot, nodes in zip(chosen, cones, strict=True):
@@ -52,10 +53,10 @@ def recompute_saved(pair: GraphPair, plan: Plan) -> None:
     pair.sync()
 
 
-def _cone(pair: GraphPair, slot: Slot, chosen: Sequence[Slot]) -> list[fx.Node]:
-    nodes = cone(pair, slot)
+def _cone(slot: Slot, given: Container[fx.Node], chosen: Container[fx.Node]) -> list[fx.Node]:
+    nodes = cone(slot.source, given)
     assert nodes is not None, f"{slot.key} cannot be computed again"
-    lost = {other.source for other in chosen} & set(cone_inputs(nodes))
+    lost = [node for node in cone_inputs(nodes) if node in chosen]
     assert not lost, f"{slot.key} would be computed from {lost}, which do not cross either"
     return nodes
 
@@ -91,10 +92,11 @@ def offer_inputs(pair: GraphPair) -> None:
     held = {storage(slot.source) for slot in pair.slots}
     offered = {node for node in inputs if pair.roles[node] is Role.PARAMETER or node in held}
     crossing = {slot.source for slot in pair.slots}
+    given = crossing | offered
     wanted: set[fx.Node] = set()
     for slot in pair.slots:
         if slot.source.op == "call_function":
-            wanted.update(cone_inputs(cone(pair, slot, free=offered) or []))
+            wanted.update(cone_inputs(cone(slot.source, given) or []))
     for position, node in enumerate(inputs):
         if node in wanted and node not in crossing:
             _let_cross(pair, node, f"/input#{position}")

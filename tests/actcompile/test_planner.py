@@ -321,9 +321,9 @@ def test_two_thousand_tensors_are_planned_in_less_than_half_a_second() -> None:
     """The budget asks for about half of them to be moved."""
     graph = probed({str(i): 10.0 ** -(i % 7) for i in range(2000)}, numel=2**20)
     budget = 1000 * 2**19
-    start = time.perf_counter()
+    start = time.process_time()
     (plan,) = solve([graph], Config(memory=budget, offload=True), budget)
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
     assert total_nbytes(graph, plan) <= budget
     assert 500 < sum(decision.offload for decision in plan.values()) < 1500
 
