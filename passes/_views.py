@@ -2,6 +2,9 @@
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+from ._fx import body_anchor, call
 
 aten = torch.ops.aten
 
@@ -41,3 +44,13 @@ def storage(node: fx.Node) -> fx.Node:
     while node.target in ALIAS_OPS and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
+
+
+def dense_base(graph: fx.Graph, source: fx.Node) -> fx.Node:
+    """``source`` with every expanded dimension cut to one element, or ``source`` itself."""
+    value, base = source.meta["val"], source
+    for dim, (size, stride) in enumerate(zip(value.shape, value.stride(), strict=True)):
+        if guard_or_false(stride == 0) and not guard_or_false(size == 1):
+            with graph.inserting_after(body_anchor(base)):
+                base = call(graph, aten.slice.Tensor, base, dim, 0, 1)
+    return base

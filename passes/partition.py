@@ -3,6 +3,7 @@
     recompute="none"     what torch.compile saves
     recompute="cheap"    what is left when pointwise operators, normalizations and embeddings run again in the backward,
                          no matrix product does, and the residual stream is stored, not summed up again
+    recompute="full"     the same, and graph inputs with which the backward repeats matrix products if the plan says so
 
 What is saved is then normalised:
 
@@ -28,6 +29,7 @@ from actcompile.plan import Role
 from ._fx import GraphPair, Slot, first_user, graph_outputs, hint, retire
 from ._views import value_chain
 from .pin_unstable import pin_unstable
+from .recompute import offer_inputs
 from .rerun_attention import rerun_attention
 
 # Bans on recomputing that "cheap" lifts; the ban on what is used far apart stays, it keeps the residual stream.
@@ -49,17 +51,18 @@ def partition(
     Args:
         joint: The joint graph.
         joint_inputs: Its inputs, as AOTAutograd hands them to a partitioner.
-        recompute: "none" or "cheap".
+        recompute: "none", "cheap" or "full".
         lossy: Whether saved tensors may come back with noise, so that what is unstable is computed in the
             forward and attention's backward runs on its own operands.
         input_roles: Roles of the graph's inputs.
         num_fwd_outputs: Outputs of the joint graph that belong to the forward.
         **kwargs: What else AOTAutograd hands to a partitioner.
     """
-    if recompute == "cheap":
+    cheap = recompute != "none"
+    if cheap:
         _embeddings_as_indexing(joint.graph)
     num_outputs = pin_unstable(joint, num_fwd_outputs) if lossy else num_fwd_outputs
-    with functorch_config.patch(_CHEAP if recompute == "cheap" else {}):
+    with functorch_config.patch(_CHEAP if cheap else {}):
         forward, backward = min_cut_rematerialization_partition(
             joint, joint_inputs, num_fwd_outputs=num_outputs, **kwargs
         )
@@ -67,6 +70,8 @@ def partition(
     _share_saved_values(pair)
     if lossy:
         rerun_attention(pair)
+    if recompute == "full":
+        offer_inputs(pair)
     return pair
 
 

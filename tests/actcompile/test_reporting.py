@@ -134,6 +134,23 @@ def test_parameters_and_inputs_do_not_count() -> None:
     assert Report(rows, 4 * 4288).ratio == 2.0
 
 
+def test_offloaded_bytes_are_told_apart() -> None:
+    moved = replace(ROW, module="blocks.1.fc", stored_nbytes=0, host_nbytes=4288)
+    report = Report((ROW, moved), 4 * 4288)
+    assert (report.saved_nbytes, report.host_nbytes, report.ratio) == (4288, 4288, 4.0)
+    lines = [line for line in str(report).splitlines() if "gelu" in line]
+    assert ["quantize, offload" in line for line in lines] == [False, True]
+    assert "and in the host's memory 0.00 MiB" in str(report) and "host" not in str(Report((ROW,), 4288))
+    document = json.loads(report.to_json())
+    assert document["host_nbytes"] == 4288 and [row["host_nbytes"] for row in document["rows"]] == [0, 4288]
+
+
+def test_nothing_left_on_the_device() -> None:
+    report = Report((replace(ROW, stored_nbytes=0, host_nbytes=4288),), 32768)
+    assert report.ratio == float("inf") and "inf" in str(report)
+    assert json.loads(report.to_json())["ratio"] is None
+
+
 def test_nothing_compiled_yet() -> None:
     empty = actcompile.report()
     assert not empty.rows
