@@ -1,5 +1,6 @@
 """What may be stored for one saved tensor, in how many bytes, and with what noise. Pure."""
 
+import math
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -18,6 +19,7 @@ _NARROW_TYPES = ((torch.uint8, 2**8), (torch.int16, 2**15), (torch.int32, 2**31)
 OFFLOAD_MIN_NBYTES = 2**20
 
 NO_FEWER_BYTES = Decision(Action.KEEP, "codes would take no fewer bytes", by_size=True)
+UNKNOWN_NOISE = Decision(Action.KEEP, "its sensitivity is not known: it was not rounded while the graph was probed")
 RECOMPUTED = Decision(Action.RECOMPUTE, "computed again in the backward: there is no room for it")
 
 
@@ -55,9 +57,11 @@ def nbytes_at(row: SavedTensor, bits: float, group_size: int) -> float:
 
 
 def noise_of(row: SavedTensor, decision: Decision, profile: Profile) -> float:
-    """The variance that a decision adds to the gradient."""
+    """The variance that a decision adds to the gradient; infinite where the sensitivity of ``row`` is not known."""
+    if decision.bits is None:
+        return 0.0
     known = profile.sensitivities.get(row.key)
-    return 0.0 if decision.bits is None or known is None else known.variance[decision.bits]
+    return math.inf if known is None else known.variance[decision.bits]
 
 
 def decide(row: SavedTensor, config: Config, bits: int | None) -> Decision:

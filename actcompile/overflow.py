@@ -1,7 +1,7 @@
 """Takes what does not fit off the device: to the host's memory, or recomputed in the backward. Pure."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from .config import Config
@@ -34,12 +34,7 @@ def with_recomputed(rows: Sequence[SavedTensor], plan: Plan, config: Config, bud
             chosen.add(row.key)
             needed.update(sources)
             left -= stored_nbytes(row, plan[row.key])
-    return recomputing(plan, chosen)
-
-
-def recomputing(plan: Plan, keys: Collection[str]) -> Plan:
-    """``plan`` with the rows of ``keys`` recomputed."""
-    return plan.merged(Plan({key: RECOMPUTED for key in plan if key in keys}))
+    return plan.merged(Plan(dict.fromkeys(chosen, RECOMPUTED)))
 
 
 def with_offloaded(

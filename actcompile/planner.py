@@ -1,12 +1,13 @@
 """Decides what is stored for each saved tensor. Pure: rows and settings in, a plan out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from .allocation import Option, fewest_nbytes, least_noise
 from .config import CODE_BITS, Config
 from .decisions import (
     OFFLOAD_MIN_NBYTES,
+    UNKNOWN_NOISE,
     decide,
     host_nbytes,
     nbytes_at,
@@ -15,7 +16,7 @@ from .decisions import (
     ways_to_store,
 )
 from .errors import ConfigError
-from .overflow import counted_nbytes, recomputing, with_offloaded, with_recomputed
+from .overflow import counted_nbytes, with_offloaded, with_recomputed
 from .plan import Action, Decision, Plan, Profile, SavedTensor
 
 __all__ = ["ProbedGraph", "counted_nbytes", "host_nbytes", "make_plan", "solve", "stored_nbytes"]
@@ -23,11 +24,11 @@ __all__ = ["ProbedGraph", "counted_nbytes", "host_nbytes", "make_plan", "solve",
 
 @dataclass(frozen=True)
 class ProbedGraph:
-    """The rows of one graph with their sensitivities, and the keys of those that were recomputed meanwhile."""
+    """The rows of one graph with their sensitivities, and the plan that it ran with while these were found."""
 
     rows: Sequence[SavedTensor]
     profile: Profile
-    recomputed: frozenset[str] = frozenset()
+    plan: Plan = field(default_factory=Plan)
 
 
 def make_plan(rows: Sequence[SavedTensor], config: Config, budget_nbytes: float | None = None) -> Plan:
@@ -58,8 +59,10 @@ def make_plan(rows: Sequence[SavedTensor], config: Config, budget_nbytes: float 
 
 def solve(graphs: Sequence[ProbedGraph], config: Config, budget_nbytes: float | None = None) -> list[Plan]:
     """One plan per graph, all solved together: the least noise at the bytes that ``config`` allows, or the fewest bytes
-    at its noise. With ``config.offload`` and a budget, codes keep their mean bits as long as offloading suffices. What
-    was recomputed while the graphs were probed, stays so: sensitivities hold for that.
+    at its noise. With ``config.offload`` and a budget, codes keep their mean bits as long as offloading suffices.
+
+    What was recomputed while the graphs were probed, stays so: sensitivities hold for that. A row whose sensitivity is
+    not known stays as it was, and exact where noise is the target.
 
     Raises:
         ConfigError: When no plan takes so few bytes.
@@ -88,11 +91,11 @@ def solve(graphs: Sequence[ProbedGraph], config: Config, budget_nbytes: float | 
 @dataclass(frozen=True)
 class _Choice:
     """The rows of all graphs that can be quantized: for each its graph, and the ways to store it with their price.
-    ``overridden`` are rows whose bits are set already, with their decisions.
+    ``given`` are the plans for all others, ``overridden`` those of them with bits that are set already.
     """
 
     config: Config
-    lossless: list[Plan]
+    given: list[Plan]
     chosen: list[tuple[int, SavedTensor]]
     ways: list[list[Decision]]
     options: list[list[Option]]
@@ -103,31 +106,35 @@ class _Choice:
     @classmethod
     def among(cls, graphs: Sequence[ProbedGraph], config: Config) -> "_Choice":
         """The choice that the rows of ``graphs`` leave."""
-        lossless = [recomputing(_uniform(graph.rows, config, None), graph.recomputed) for graph in graphs]
         coarse = [_uniform(graph.rows, config, CODE_BITS[0]) for graph in graphs]
+        plans = [_given(graph, config, codes) for graph, codes in zip(graphs, coarse, strict=True)]
         codes = [
             (index, row)
             for index, graph in enumerate(graphs)
             for row in graph.rows
             if coarse[index][row.key].action is Action.QUANTIZE
         ]
-        chosen = [(index, row) for index, row in codes if lossless[index][row.key].action is Action.KEEP]
-        given = [(index, row) for index, row in codes if lossless[index][row.key].action is Action.QUANTIZE]
+        chosen = [
+            (index, row)
+            for index, row in codes
+            if plans[index][row.key].action is Action.KEEP and row.key in graphs[index].profile.sensitivities
+        ]
+        overridden = [(index, row) for index, row in codes if plans[index][row.key].action is Action.QUANTIZE]
         ways = [ways_to_store(row, config) for _, row in chosen]
         options = [
             [Option(stored_nbytes(row, way), noise_of(row, way, graphs[index].profile)) for way in row_ways]
             for (index, row), row_ways in zip(chosen, ways, strict=True)
         ]
-        exact = sum(counted_nbytes(graph.rows, plan) for graph, plan in zip(graphs, lossless, strict=True))
+        exact = sum(counted_nbytes(graph.rows, plan) for graph, plan in zip(graphs, plans, strict=True))
         return cls(
             config,
-            lossless,
+            plans,
             chosen,
             ways,
             options,
-            overridden=[(row, lossless[index][row.key]) for index, row in given],
+            overridden=[(row, plans[index][row.key]) for index, row in overridden],
             fixed_nbytes=exact - sum(row.nbytes for _, row in chosen),
-            fixed_noise=sum(noise_of(row, lossless[i][row.key], graphs[i].profile) for i, row in given),
+            fixed_noise=sum(noise_of(row, plans[i][row.key], graphs[i].profile) for i, row in overridden),
         )
 
     def nbytes_at(self, bits: float) -> float:
@@ -136,8 +143,8 @@ class _Choice:
 
     def left_by_overrides(self, bits: float) -> float:
         """Bytes that rows with bits of their own leave of ``bits`` per element; negative where they take more."""
-        given = self.overridden
-        return sum(nbytes_at(row, bits, self.config.group_size) - stored_nbytes(row, own) for row, own in given)
+        size = self.config.group_size
+        return sum(nbytes_at(row, bits, size) - stored_nbytes(row, own) for row, own in self.overridden)
 
     def within(self, nbytes: float) -> list[Plan]:
         """The plans of the least noise.
@@ -153,7 +160,7 @@ class _Choice:
 
     def plans(self, picked: Sequence[int]) -> list[Plan]:
         """One plan per graph, with the way at index ``picked`` for each row."""
-        decisions = [dict(plan) for plan in self.lossless]
+        decisions = [dict(plan) for plan in self.given]
         codes = []
         for (index, row), row_ways, pick in zip(self.chosen, self.ways, picked, strict=True):
             decisions[index][row.key] = row_ways[pick]
@@ -161,8 +168,26 @@ class _Choice:
         otherwise = _otherwise(self.config, _mean_bits(codes) or self.config.code_bits)
         return [
             replace(plan, decisions=decided, otherwise=otherwise)
-            for plan, decided in zip(self.lossless, decisions, strict=True)
+            for plan, decided in zip(self.given, decisions, strict=True)
         ]
+
+
+def _given(graph: ProbedGraph, config: Config, coarse: Plan) -> Plan:
+    """What nobody has to choose for the rows that are codes in ``coarse``: bits by overrides, rows that are recomputed,
+    and what was stored for rows of unknown sensitivity. Those to choose are exact.
+    """
+    lossless = _uniform(graph.rows, config, None)
+    decisions = dict(lossless)
+    for row in graph.rows:
+        probed = graph.plan.get(row.key, UNKNOWN_NOISE)
+        if probed.action is Action.RECOMPUTE:
+            decisions[row.key] = probed
+        elif (coarse[row.key].action, lossless[row.key].action) != (Action.QUANTIZE, Action.KEEP):
+            continue
+        elif row.key not in graph.profile.sensitivities:
+            is_rounded = probed.action is Action.QUANTIZE and config.noise is None
+            decisions[row.key] = replace(probed, offload=False) if is_rounded else UNKNOWN_NOISE
+    return replace(lossless, decisions=decisions)
 
 
 def _mean_bits(codes: Sequence[tuple[int, int | None]]) -> int | None:

@@ -14,7 +14,7 @@ from .config import Config, parse_nbytes
 from .distributed import num_ranks, plan_of_rank_0
 from .following import follow
 from .memory import Timeline, step_timeline
-from .plan import Action, Plan, Profile, Role, SavedTensor
+from .plan import Plan, Profile, Role, SavedTensor
 from .planner import ProbedGraph, counted_nbytes, host_nbytes, solve, stored_nbytes
 from .sensitivity import Probe
 
@@ -43,11 +43,6 @@ class GraphRecord:
     def profile(self) -> Profile | None:
         """What probing found, once it has."""
         return None if self.probe is None else self.probe.profile
-
-    @property
-    def recomputed(self) -> frozenset[str]:
-        """Keys of the rows that the backward computes again."""
-        return _recomputed(self.plan)
 
     @property
     def baseline_nbytes(self) -> int:
@@ -119,12 +114,8 @@ def found_plan(record: GraphRecord) -> Plan | None:
         log.warning("a batch of this size takes more than memory=%r: ranks keep one plan", record.config.memory)
         return followed
     assert earlier.profile is not None
-    again = ProbedGraph(record.rows, earlier.profile, _recomputed(followed))
+    again = ProbedGraph(record.rows, earlier.profile, followed)
     return replace(solve([again], record.config, budget)[0], graphs=plan.graphs)
-
-
-def _recomputed(plan: Plan) -> frozenset[str]:
-    return frozenset(key for key, decision in plan.items() if decision.action is Action.RECOMPUTE)
 
 
 def _budget_again(record: GraphRecord, earlier: GraphRecord) -> float | None:
@@ -169,9 +160,7 @@ def solved_plan(record: GraphRecord, purpose: str = "train") -> Plan:
 def _solve(record: GraphRecord) -> Plan:
     """The plan of a probed graph, solved together with those of the other graphs with the same settings."""
     together = [other for other in _records if other.config == record.config and other.profile is not None]
-    graphs = [
-        ProbedGraph(other.rows, other.profile, other.recomputed) for other in together if other.profile is not None
-    ]
+    graphs = [ProbedGraph(other.rows, other.profile, other.plan) for other in together if other.profile is not None]
     # A share of each graph, or one number of bytes for all of them.
     budgets = [other.budget_nbytes() for other in together]
     budget = sum(filter(None, budgets)) if isinstance(record.config.memory, float) else budgets[0]

@@ -8,7 +8,8 @@ import torch
 
 from actcompile import Config, ConfigError, Plan
 from actcompile.config import CODE_BITS
-from actcompile.decisions import OFFLOAD_MIN_NBYTES
+from actcompile.decisions import OFFLOAD_MIN_NBYTES, RECOMPUTED
+from actcompile.following import follow
 from actcompile.plan import Action, Decision, Profile, Recomputation, Role, SavedTensor, Sensitivity
 from actcompile.planner import ProbedGraph, host_nbytes, make_plan, solve, stored_nbytes
 
@@ -263,6 +264,45 @@ def test_rows_that_must_stay_exact_are_not_allocated() -> None:
     assert (plan["a"].action, plan["a"].reason, plan["b"].bits) == (Action.KEEP, "test", 1)
 
 
+# What tensors of unknown sensitivity get: what was stored while probing, settings -> action, bits, bits of the others
+UNKNOWN = [
+    (None, {"bits": 1}, Action.KEEP, None, 1),
+    (Decision(Action.KEEP, "codes would take no fewer bytes", by_size=True), {"bits": 1}, Action.KEEP, None, 1),
+    (Decision(Action.QUANTIZE, "", bits=8, group_size=256), {"bits": 4.5}, Action.QUANTIZE, 8, 1),
+    (Decision(Action.QUANTIZE, "", bits=8, group_size=256), {"memory": 200_000}, Action.QUANTIZE, 8, 8),
+    (Decision(Action.QUANTIZE, "", bits=2, group_size=256), {"noise": 1e9}, Action.KEEP, None, 1),
+]
+
+
+@pytest.mark.parametrize(("meanwhile", "settings", "action", "bits", "others"), UNKNOWN)
+def test_unknown_noise_is_not_free(
+    meanwhile: Decision | None, settings: dict[str, object], action: Action, bits: int | None, others: int
+) -> None:
+    graph = probed({"a": 1.0, "b": 1.0})
+    profile = Profile({"a": graph.profile.sensitivities["a"]}, 1.0)
+    plan = Plan({} if meanwhile is None else {"b": meanwhile})
+    config = Config(auto=True, **settings)  # type: ignore[arg-type]
+    budget = settings.get("memory")
+    (solved,) = solve([replace(graph, profile=profile, plan=plan)], config, budget)  # type: ignore[arg-type]
+    assert (solved["b"].action, solved["b"].bits, solved["a"].bits) == (action, bits, others)
+    # In the same graph, following it does not round what was exact either.
+    assert follow(solved, graph.rows, config) == solved
+
+
+def test_what_8_bits_do_not_make_smaller_stays_exact() -> None:
+    """One bit would, but nobody knows what that does to the gradient."""
+    graph = probed({"a": 1.0})
+    tiny = row(key="tiny", numel=64)
+    config = Config(bits=1, auto=True, min_numel=0)
+    rows = [*graph.rows, tiny]
+    meanwhile = make_plan(rows, replace(config, bits=8))
+    assert meanwhile["tiny"].action is Action.KEEP
+    assert make_plan([tiny], config)["tiny"].action is Action.QUANTIZE
+    (plan,) = solve([replace(graph, rows=rows, plan=meanwhile)], config)
+    assert (plan["tiny"].action, plan["a"].bits) == (Action.KEEP, 1)
+    assert "its sensitivity is not known" in plan["tiny"].reason
+
+
 # A row that is just worth a transfer, and one that is not.
 LARGE, SMALL = row(key="large", numel=2**18), row(key="small", numel=2**17)
 
@@ -340,13 +380,14 @@ def test_fewer_bits_where_offloading_is_not_enough() -> None:
 def test_the_least_that_must_stay_on_the_device_is_named() -> None:
     rows = [LARGE, SMALL]
     least = stored_nbytes(SMALL, decide(SMALL, bits=1))
+    known = dict.fromkeys(("large", "small"), Sensitivity(dict.fromkeys(CODE_BITS, 1.0), "probed"))
     for auto in (False, True):
         config = Config(memory=least - 1, offload=True, auto=auto)
         with pytest.raises(
             ConfigError, match=rf"on the device, where tensors below 1 MiB stay, {least} bytes"
         ) as found:
             if auto:
-                solve([ProbedGraph(rows, Profile({}, 1.0))], config, least - 1)
+                solve([ProbedGraph(rows, Profile(known, 1.0))], config, least - 1)
             make_plan(rows, config, least - 1)
         assert "set offload" not in str(found.value)
     for config in (Config(memory=10), Config(memory=10, auto=False)):
@@ -463,10 +504,10 @@ def test_a_lossless_level_recomputes() -> None:
 def test_what_was_recomputed_while_probing_stays_so() -> None:
     graph = probed({"a": 1.0, "b": 1e-3, "c": 1e-6})
     config = Config(memory=30_000, recompute="full")
-    (plan,) = solve([replace(graph, recomputed=frozenset("a"))], config, 30_000)
+    (plan,) = solve([replace(graph, plan=Plan({"a": RECOMPUTED}))], config, 30_000)
     assert recomputed(plan) == ["a"]
     assert total_nbytes(graph, plan) <= 30_000
     least = 2 * (2**16 // 8 + 2**16 // 256 * 6)
     with pytest.raises(ConfigError, match=f" {least} bytes") as found:
-        solve([replace(graph, recomputed=frozenset("a"))], config, least - 1)
+        solve([replace(graph, plan=Plan({"a": RECOMPUTED}))], config, least - 1)
     assert "recompute=" not in str(found.value)
