@@ -27,7 +27,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from actcompile.plan import Role
 
 from ._fx import GraphPair, Slot, first_user, graph_outputs, hint, retire
-from ._views import value_chain
+from ._views import storage, value_chain
 from .pin_unstable import pin_unstable
 from .recompute import offer_inputs
 from .rerun_attention import rerun_attention
@@ -91,7 +91,8 @@ def baseline(joint: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: An
         forward, _ = min_cut_rematerialization_partition(untouched, joint_inputs, **kwargs)
         outputs = graph_outputs(forward.graph)[kwargs["num_fwd_outputs"] :]
         saved = [node for node in outputs if isinstance(node, fx.Node)]
-        return sum(tensor_nbytes(node.meta["val"]) for node in saved if value_chain(node)[-1].op != "placeholder")
+        roots = {node: (value_chain(node)[-1], storage(node)) for node in saved}
+        return sum(tensor_nbytes(node.meta["val"]) for node in saved if all(r.op != "placeholder" for r in roots[node]))
 
     return nbytes
 

@@ -189,7 +189,9 @@ def test_memory_holds_at_other_sizes() -> None:
 
 def test_memory_holds_at_other_sizes_beside_the_hosts() -> None:
     """At the first size all codes are the host's: their share of the device's bytes is not nothing."""
-    first, second = probed_steps(layers(), (4096, 4096, 1024, 1024, 6144), memory=2000, offload=True, min_numel=4096)[:2]
+    first, second = probed_steps(layers(), (4096, 4096, 1024, 1024, 6144), memory=2000, offload=True, min_numel=4096)[
+        :2
+    ]
     for record in (first, second):
         assert counted(record) <= 2000
         assert any(decision.offload for decision in record.plan.values())
