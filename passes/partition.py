@@ -17,16 +17,18 @@ The tensor that is saved in place of others never has more elements than they ha
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
 from torch import fx
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._guards import TracingContext, tracing
 
 from actcompile.plan import Role
 
-from ._fx import GraphPair, Slot, first_user, graph_outputs, hint, retire
+from ._fx import GraphPair, Slot, fake_mode, first_user, graph_outputs, hint, retire
 from ._views import storage, value_chain
 from .pin_unstable import pin_unstable
 from .recompute import offer_inputs
@@ -88,13 +90,20 @@ def baseline(joint: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: An
 
     @functools.cache
     def nbytes() -> int:
-        forward, _ = min_cut_rematerialization_partition(untouched, joint_inputs, **kwargs)
+        with _traced_again(untouched.graph):
+            forward, _ = min_cut_rematerialization_partition(untouched, joint_inputs, **kwargs)
         outputs = graph_outputs(forward.graph)[kwargs["num_fwd_outputs"] :]
         saved = [node for node in outputs if isinstance(node, fx.Node)]
         roots = {node: (value_chain(node)[-1], storage(node)) for node in saved}
         return sum(tensor_nbytes(node.meta["val"]) for node in saved if all(r.op != "placeholder" for r in roots[node]))
 
     return nbytes
+
+
+def _traced_again(graph: fx.Graph) -> AbstractContextManager[object]:
+    """What ``graph`` was traced under: the partitioner makes values of its own for random operators that it repeats."""
+    mode, current = fake_mode(graph), TracingContext.try_get()
+    return nullcontext() if current is not None and current.fake_mode is mode else tracing(TracingContext(mode))
 
 
 def _copy(graph: fx.Graph) -> fx.Graph:

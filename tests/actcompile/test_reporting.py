@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import actcompile
+from actcompile._gpt import GPT
 from actcompile.reporting import Report, ReportRow, fold_layers
 
 from ..models import Task, bert, gpt, resnet
@@ -71,6 +72,18 @@ def test_total_is_what_crosses_under_inductor(make: Callable[[], Task]) -> None:
     task = make()
     loss = task.loss(torch.compile(task.model, backend="act"))
     assert actcompile.report(task.model).saved_nbytes == passed_nbytes(loss, task) > 0
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_checkpointed_models_with_random_operators(dropout: float) -> None:
+    """Attention draws random numbers, or may; the partitioner keeps the generator's state for the backward."""
+    model = GPT(layers=2, width=64, vocabulary=64, tokens=32, dropout=dropout, checkpointed=True)
+    tokens = torch.randint(64, (4, 32))
+    torch.compile(model, backend="act", options={"lowering": "eager"})(tokens, tokens).backward()
+    report = actcompile.report(model)
+    plain = GPT(layers=2, width=64, vocabulary=64, tokens=32, dropout=dropout)
+    torch.compile(plain, backend="act", options={"lowering": "eager"})(tokens, tokens).backward()
+    assert report.saved_nbytes < report.baseline_nbytes < 0.5 * actcompile.report(plain).baseline_nbytes
 
 
 def test_baseline_is_what_torch_compile_saves() -> None:
