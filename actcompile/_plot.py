@@ -25,6 +25,7 @@ _COLORS = {
     Action.PACK: "#E69F00",
     Action.NARROW: "#CC79A7",
     Action.QUANTIZE: "#0072B2",
+    Action.RECOMPUTE: "#009E73",
 }
 _REST, _FORWARD, _BACKWARD, _PEAK = "#CCCCCC", "#0072B2", "#D55E00", "#000000"
 
@@ -75,8 +76,10 @@ def _draw_tensors(
     bits = [_bits_per_element(rows) for rows in bars]
     axes.barh(range(len(bars)), bits, height=0.72, color=colors)
     for position, (rows, width) in enumerate(zip(bars, bits, strict=True)):
-        saved, stored = (_size(sum(getattr(row, name) for row in rows)) for name in ("nbytes", "stored_nbytes"))
+        saved, stored = _size(sum(row.nbytes for row in rows)), _size(_stored_nbytes(rows))
         label = saved if saved == stored else f"{saved} \N{RIGHTWARDS ARROW} {stored}"
+        if any(row.host_nbytes for row in rows):
+            label += ", host"
         axes.annotate(label, (width, position), (4, 0), textcoords="offset points", va="center", fontsize=7)
     axes.set_yticks(range(len(bars)), names)
     axes.set_ylim(len(bars) - 0.4, -0.6)
@@ -98,7 +101,12 @@ def _draw_tensors(
 
 def _bits_per_element(rows: Sequence[ReportRow]) -> float:
     numel = sum(row.nbytes // row.dtype.itemsize for row in rows)
-    return 8 * sum(row.stored_nbytes for row in rows) / max(1, numel)
+    return 8 * _stored_nbytes(rows) / max(1, numel)
+
+
+def _stored_nbytes(rows: Sequence[ReportRow]) -> int:
+    """Bytes that take the place of ``rows``, wherever they wait."""
+    return sum(row.stored_nbytes + row.host_nbytes for row in rows)
 
 
 def _size(nbytes: int) -> str:

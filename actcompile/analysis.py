@@ -2,11 +2,14 @@
 
 import math
 import operator
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from .passes._cones import cone, cone_inputs, num_flops
 from .passes._fx import (
     GraphPair,
     Slot,
@@ -16,7 +19,7 @@ from .passes._fx import (
 )
 from .passes._naming import module_path, operator_name, source_line
 from .passes._views import VALUE_PRESERVING_OPS, storage, value_chain
-from .plan import Role, SavedTensor
+from .plan import Recomputation, Role, SavedTensor
 
 aten = torch.ops.aten
 
@@ -76,7 +79,9 @@ def analyze(pair: GraphPair) -> list[SavedTensor]:
     order = {node: position for position, node in enumerate(pair.backward.graph.nodes)}
     gradients = _reached_gradients(pair.backward.graph, order)
     returned = {storage(node) for node in pair.user_outputs if isinstance(node, fx.Node)}
-    return [_describe(pair, slot, len(gradients[slot.placeholder]), returned) for slot in pair.slots]
+    rows = [_describe(pair, slot, len(gradients[slot.placeholder]), returned) for slot in pair.slots]
+    keys = {slot.source: slot.key for slot in pair.slots}
+    return [replace(row, recomputation=_recomputation(slot, keys)) for row, slot in zip(rows, pair.slots, strict=True)]
 
 
 def _describe(pair: GraphPair, slot: Slot, num_gradients: int, returned: set[fx.Node]) -> SavedTensor:
@@ -100,7 +105,16 @@ def _describe(pair: GraphPair, slot: Slot, num_gradients: int, returned: set[fx.
         kind="leaf" if num_gradients == 1 else "path",
         index_range=_index_range(value_chain(source)[-1]),
         obstacle=_obstacle(pair, slot, role, root in returned),
+        movable=role in (Role.ACTIVATION, Role.BOUNDARY)
+        and root not in returned
+        and not _is_mutated(source)
+        and not free_unbacked_symbols(value),
     )
+
+
+def _recomputation(slot: Slot, keys: Mapping[fx.Node, str]) -> Recomputation | None:
+    nodes = cone(slot.source, keys)
+    return None if nodes is None else Recomputation(num_flops(nodes), tuple(keys[node] for node in cone_inputs(nodes)))
 
 
 def _obstacle(pair: GraphPair, slot: Slot, role: Role, is_returned: bool) -> str:
@@ -111,7 +125,7 @@ def _obstacle(pair: GraphPair, slot: Slot, role: Role, is_returned: bool) -> str
         return f"the {role} is there anyway"
     if is_returned:
         return "the caller holds it: it is an output of the graph"
-    if role is Role.BOUNDARY and any(user.target is aten.copy_.default for user in source.users):
+    if role is Role.BOUNDARY and _is_mutated(source):
         return "it is mutated in place"
     if free_unbacked_symbols(value):
         return "its size is known only when it runs"
@@ -130,6 +144,10 @@ def _obstacle(pair: GraphPair, slot: Slot, role: Role, is_returned: bool) -> str
     if _divides(slot.placeholder):
         return "the backward divides by it, and rounding may take it to zero"
     return ""
+
+
+def _is_mutated(source: fx.Node) -> bool:
+    return any(user.target is aten.copy_.default for user in source.users)
 
 
 def _divides(placeholder: fx.Node) -> bool:

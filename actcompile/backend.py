@@ -185,7 +185,7 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
         pair = partition(
             gm,
             joint_inputs,
-            recompute=self.config.recompute,
+            recompute=self.config.partition_mode,
             lossy=self.config.lossy,
             input_roles=self.roles,
             **kwargs,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
-from .plan import Plan
+from .plan import Action, Plan
 
 # Bits that a code can have; EXACT_BITS keeps every tensor's own bits, so that only the lossless passes run.
 CODE_BITS = (1, 2, 3, 4, 6, 8)
@@ -36,7 +36,6 @@ LOWERINGS = ("inductor", "eager")
 # Fields that are part of the interface but that this release does not act on: field -> what to use instead.
 _NOT_YET: Mapping[str, str] = {
     "sparsity": "set bits",
-    "offload": "set bits",
     "profile_every": "leave it out",
 }
 
@@ -57,8 +56,11 @@ class Config:
         group_size: Elements that share one scale: a power of two from 32 to 4096.
         sparsity: Share of elements dropped from the inputs of linear layers. Not available in this release.
         sparse_value_bits: Bits of the values that are left: 16, 8 or 4.
-        recompute: "none" saves what torch.compile saves; "cheap" also recomputes what needs no matrix product.
-        offload: Moves codes to the host's memory. Not available in this release.
+        recompute: "none" saves what torch.compile saves; "cheap" also recomputes what needs no matrix product; "full"
+            repeats matrix products too, where ``memory`` cannot be met at 4 bits (at level L0 without loss) otherwise
+            and ``offload`` is off.
+        offload: Moves what is stored, codes and exact tensors, to the host's memory until the backward needs it; with
+            ``memory``, which counts the device's bytes, only what does not fit at 4 bits.
         min_numel: Tensors with fewer elements stay exact. Default 4096.
         skip: Module-name patterns, as of fnmatch, whose tensors stay exact.
         overrides: Module-name pattern -> code bits of its tensors, 1, 2, 3, 4, 6 or 8, or 32 for exact, whatever the
@@ -156,6 +158,11 @@ class Config:
         return bool(self.setting("auto")) or (self.auto is None and (self.memory or self.noise) is not None)
 
     @property
+    def offloads(self) -> bool:
+        """Whether what is stored may be moved to the host's memory."""
+        return bool(self.setting("offload"))
+
+    @property
     def lossy(self) -> bool:
         """Whether any saved tensor may come back with rounding noise; a plan must be resolved."""
         chosen = self.plan.lossy if isinstance(self.plan, Plan) else self.code_bits is not None
@@ -166,6 +173,12 @@ class Config:
         """The pairs of ``overrides``."""
         assert isinstance(self.overrides, tuple)
         return self.overrides
+
+    @property
+    def partition_mode(self) -> str:
+        """What ``recompute`` says, or what the plan needs."""
+        planned = isinstance(self.plan, Plan) and any(d.action is Action.RECOMPUTE for d in self.plan.values())
+        return "full" if planned else self.recompute
 
     @property
     def smallest_numel(self) -> int:
@@ -213,10 +226,9 @@ def _check_targets(config: Config) -> None:
         raise ConfigError(f"at most one of bits, memory and noise can be the target, got {values}: keep one of them")
     if config.noise is not None and config.auto is False:
         raise ConfigError(f"noise needs sensitivities, got noise={config.noise!r} and auto=False: leave auto out")
-    if config.plan is not None and (given or config.level is not None):
-        raise ConfigError(
-            f"a plan already says what is stored, got plan and {', '.join(given) or 'level'}: give one or the other"
-        )
+    others = [*given, *(name for name in ("level", "offload") if getattr(config, name))]
+    if config.plan is not None and others:
+        raise ConfigError(f"a plan already says what is stored, got plan and {', '.join(others)}: give one of them")
 
 
 def _check_bits(config: Config) -> None:
@@ -301,8 +313,6 @@ def _check_availability(config: Config) -> None:
         if value is not None and value is not False:
             origin = f" (from level {config.level!r})" if getattr(config, name) is None else ""
             raise ConfigError(f"{name} is not available in this release, got {value!r}{origin}: {remedy}")
-    if config.recompute == "full":
-        raise ConfigError("recompute='full' is not available in this release: use 'cheap'")
 
 
 _CHECKS = (

@@ -4,20 +4,32 @@ graph           must compute what one of the plan's graphs computes, call by cal
                 what an uninterrupted run of it computes
 known row       gets its decision, which must fit its dtype
 by size         what the plan keeps for being small, or stores in the narrowest type, is decided again from the row
+recomputed      only where the backward can compute the row from others that are stored; else as unknown
+offloaded       where its memory can be freed; rows that the plan does not offload are where it offloads all that is
+                worth it
 unknown row     was not saved at the sizes of the plan: the partition weighs bytes. It gets the plan's mean bits;
                 in a plan made by hand, which does not say what it was made for, it is refused
 settings        skip and overrides win over the plan
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from .config import Config
+from .decisions import (
+    NO_FEWER_BYTES,
+    decide,
+    encoded_nbytes,
+    find_override,
+    may_offload,
+    may_recompute,
+    offloaded,
+    setting_against,
+)
 from .errors import ConfigError
 from .plan import Action, Decision, Plan, SavedTensor
-from .planner import NO_FEWER_BYTES, decide, find_override, setting_against, stored_nbytes
 
 _REMEDY = "it was made for another model; make one for this model"
 
@@ -27,6 +39,7 @@ _FITS: Mapping[Action, Callable[[torch.dtype], bool]] = {
     Action.PACK: lambda dtype: dtype == torch.bool,
     Action.NARROW: lambda dtype: dtype in (torch.int64, torch.int32, torch.int16),
     Action.QUANTIZE: lambda dtype: dtype.is_floating_point,
+    Action.RECOMPUTE: lambda dtype: dtype.is_floating_point,
 }
 
 
@@ -36,10 +49,37 @@ def follow(plan: Plan, rows: Sequence[SavedTensor], config: Config) -> Plan:
     Raises:
         ConfigError: When it does not cover or fit a row: it belongs to another model.
     """
-    return replace(plan, decisions={row.key: _followed(plan, row, config) for row in rows})
+    again = _recomputed(plan, rows, config)
+    return replace(plan, decisions={row.key: _placed(plan, row, _followed(plan, row, config, again)) for row in rows})
 
 
-def _followed(plan: Plan, row: SavedTensor, config: Config) -> Decision:
+def _recomputed(plan: Plan, rows: Sequence[SavedTensor], config: Config) -> set[str]:
+    """Keys of the rows that the plan recomputes, as far as what they are computed from is stored."""
+    chosen: set[str] = set()
+    needed: set[str] = set()
+    for row in rows:
+        planned, how = plan.get(row.key), row.recomputation
+        if planned is None or planned.action is not Action.RECOMPUTE or how is None or not may_recompute(row, config):
+            continue
+        if row.key not in needed and chosen.isdisjoint(how.sources):
+            chosen.add(row.key)
+            needed.update(how.sources)
+    return chosen
+
+
+def _placed(plan: Plan, row: SavedTensor, decision: Decision) -> Decision:
+    """``decision`` for ``row``, on the device or in the host's memory as the plan says."""
+    planned, standard = plan.get(row.key), plan.otherwise
+    if decision.offload:
+        return decision if row.movable else replace(decision, offload=False)
+    if decision.action is Action.RECOMPUTE:
+        return decision
+    is_named = planned is not None and planned.offload and row.movable
+    is_covered = standard is not None and standard.offload and may_offload(row)
+    return offloaded(decision) if is_named or is_covered else decision
+
+
+def _followed(plan: Plan, row: SavedTensor, config: Config, again: Collection[str]) -> Decision:
     planned = plan.get(row.key)
     if planned is None:
         return _unknown(plan, row, config)
@@ -48,11 +88,13 @@ def _followed(plan: Plan, row: SavedTensor, config: Config) -> Decision:
             f"plan must fit every saved tensor of the model, got {planned.action} for {row.key!r}, which holds "
             f"{str(row.dtype).removeprefix('torch.')}: {_REMEDY}"
         )
+    if row.key in again:
+        return planned
     if planned.action is Action.KEEP and not planned.by_size and find_override(row, config) is None:
         return planned
     if planned.action is not Action.QUANTIZE or row.obstacle or _settings_win(row, config):
         return _again(plan, row, config)
-    return planned if stored_nbytes(row, planned) < row.nbytes else NO_FEWER_BYTES
+    return planned if encoded_nbytes(row, planned) < row.nbytes else NO_FEWER_BYTES
 
 
 def _unknown(plan: Plan, row: SavedTensor, config: Config) -> Decision:
@@ -75,7 +117,7 @@ def _again(plan: Plan, row: SavedTensor, config: Config) -> Decision:
     settings = replace(config, plan=None, min_numel=least, group_size=standard.group_size or config.group_size)
     decision = decide(row, settings, standard.bits)
     if decision.action is Action.QUANTIZE and not _settings_win(row, config):
-        return replace(decision, reason="the plan's mean bits: at its sizes this was too small, or not saved")
+        return replace(decision, reason="the plan's mean bits: at its sizes this was too small, or not stored")
     return decision
 
 

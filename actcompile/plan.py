@@ -10,6 +10,7 @@ Terms, used throughout with these meanings:
     row            one saved tensor, as analysis describes it
     decision       what is stored in place of a row
     plan           one decision per row
+    offload        moving what is stored to the host's memory until the backward needs it
     group          elements that share one scale and one zero point
 """
 
@@ -37,6 +38,7 @@ class Action(str, Enum):
     PACK = "pack"  # a bool tensor, one bit per element
     NARROW = "narrow"  # integers, in the narrowest type that holds their range
     QUANTIZE = "quantize"  # codes of a few bits per element, with a scale and a zero point per group
+    RECOMPUTE = "recompute"  # not stored: the backward computes it again from other saved tensors
 
     def __str__(self) -> str:
         return self.value
@@ -57,12 +59,21 @@ class Role(str, Enum):
 
 
 @dataclass(frozen=True)
+class Recomputation:
+    """What it takes to compute a saved tensor again: floating-point operations, and the keys of the rows it reads."""
+
+    flops: int
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class SavedTensor:
     """One saved tensor of one graph.
 
     ``key`` names it across graphs, batch sizes and processes: module path, operator and, where these repeat, a number.
     ``shape`` holds the sizes of the traced call, ``nbytes`` and ``numel`` their product; ``symbolic_shape`` prints the
-    symbols of a dynamic graph. ``obstacle`` says why it must stay exact, or is empty.
+    symbols of a dynamic graph. ``obstacle`` says why it must stay exact, or is empty; ``movable`` whether a copy of it
+    elsewhere would free its memory; ``recomputation`` how the backward could do without it.
     """
 
     key: str
@@ -79,11 +90,13 @@ class SavedTensor:
     kind: str = "path"
     index_range: int | None = None
     obstacle: str = ""
+    movable: bool = True
+    recomputation: Recomputation | None = None
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What is stored in place of one saved tensor, and why.
+    """What is stored in place of one saved tensor, and why; with ``offload``, in the host's memory.
 
     ``by_size`` says that it is kept because of its size alone: another batch size decides again.
     """
@@ -94,6 +107,7 @@ class Decision:
     group_size: int | None = None
     dtype: torch.dtype | None = None
     by_size: bool = False
+    offload: bool = False
 
 
 @dataclass(frozen=True)

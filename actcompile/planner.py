@@ -1,43 +1,57 @@
 """Decides what is stored for each saved tensor. Pure: rows and settings in, a plan out."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
-
-import torch
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from .allocation import Option, fewest_nbytes, least_noise
-from .config import CODE_BITS, EXACT_BITS, Config
+from .config import CODE_BITS, Config
+from .decisions import (
+    OFFLOAD_MIN_NBYTES,
+    UNKNOWN_NOISE,
+    decide,
+    host_nbytes,
+    nbytes_at,
+    noise_of,
+    stored_nbytes,
+    ways_to_store,
+)
 from .errors import ConfigError
-from .plan import Action, Decision, Plan, Profile, Role, SavedTensor
-from .triton_kernels.pack_bool import packed_nbytes
-from .triton_kernels.quantize import quantized_nbytes
+from .overflow import counted_nbytes, with_offloaded, with_recomputed
+from .plan import Action, Decision, Plan, Profile, SavedTensor
 
-# Integer types from the narrowest, with the number of non-negative values each holds.
-_NARROW_TYPES = ((torch.uint8, 2**8), (torch.int16, 2**15), (torch.int32, 2**31))
-
-NO_FEWER_BYTES = Decision(Action.KEEP, "codes would take no fewer bytes", by_size=True)
+__all__ = ["ProbedGraph", "counted_nbytes", "host_nbytes", "make_plan", "solve", "stored_nbytes"]
 
 
 @dataclass(frozen=True)
 class ProbedGraph:
-    """The rows of one graph with their sensitivities."""
+    """The rows of one graph with their sensitivities, and the plan that it ran with while these were found."""
 
     rows: Sequence[SavedTensor]
     profile: Profile
+    plan: Plan = field(default_factory=Plan)
 
 
 def make_plan(rows: Sequence[SavedTensor], config: Config, budget_nbytes: float | None = None) -> Plan:
     """One decision per row: lossless steps and uniform bits, those of ``config`` or as many as ``budget_nbytes`` allow.
 
+    While a graph waits to be probed, nothing is offloaded.
+
     Raises:
-        ConfigError: When one bit takes too much memory.
+        ConfigError: When the least takes too much memory.
     """
-    if budget_nbytes is None:
-        return _uniform(rows, config, config.code_bits)
+    if budget_nbytes is None or (config.automatic and config.offloads):
+        uniform = _uniform(rows, config, config.code_bits)
+        return with_offloaded([rows], [uniform])[0] if config.offloads and not config.automatic else uniform
+    widths: list[int | None] = [None] if config.code_bits is None else [None, *reversed(CODE_BITS)]
     # What is to be probed must be rounded, where exact tensors would fit too.
-    for bits in (*(() if config.automatic else (None,)), *reversed(CODE_BITS)):
+    widths = widths[1:] if config.automatic else widths
+    for position, bits in enumerate(widths):
         plan = _uniform(rows, config, bits)
+        if position >= widths.index(config.code_bits):
+            if config.offloads:
+                (plan,) = with_offloaded([rows], [plan], budget_nbytes)
+            elif config.recompute == "full":
+                plan = with_recomputed(rows, plan, config, budget_nbytes)
         if counted_nbytes(rows, plan) <= budget_nbytes:
             return plan
     raise _infeasible(config, counted_nbytes(rows, plan))
@@ -45,71 +59,153 @@ def make_plan(rows: Sequence[SavedTensor], config: Config, budget_nbytes: float 
 
 def solve(graphs: Sequence[ProbedGraph], config: Config, budget_nbytes: float | None = None) -> list[Plan]:
     """One plan per graph, all solved together: the least noise at the bytes that ``config`` allows, or the fewest bytes
-    at its noise.
+    at its noise. With ``config.offload`` and a budget, codes keep their mean bits as long as offloading suffices.
+
+    What was recomputed while the graphs were probed, stays so: sensitivities hold for that. A row whose sensitivity is
+    not known stays as it was, and exact where noise is the target.
 
     Raises:
         ConfigError: When no plan takes so few bytes.
     """
-    lossless = [_uniform(graph.rows, config, None) for graph in graphs]
-    coarse = [_uniform(graph.rows, config, CODE_BITS[0]) for graph in graphs]
-    chosen = [
-        (index, row)
-        for index, graph in enumerate(graphs)
-        for row in graph.rows
-        if coarse[index][row.key].action is Action.QUANTIZE and lossless[index][row.key].action is Action.KEEP
-    ]
-    overridden = [
-        (graph, row, plan[row.key])
-        for graph, plan in zip(graphs, lossless, strict=True)
-        for row in graph.rows
-        if plan[row.key].action is Action.QUANTIZE
-    ]
-    ways = [_ways(row, config) for _, row in chosen]
-    options = [
-        [Option(stored_nbytes(row, way), _noise(row, way, graphs[index].profile)) for way in row_ways]
-        for (index, row), row_ways in zip(chosen, ways, strict=True)
-    ]
+    choice = _Choice.among(graphs, config)
+    rows, mean_bits = [graph.rows for graph in graphs], config.average_bits
+    assert mean_bits is not None
     if config.noise is not None:
-        square = sum(graph.profile.gradient_square for graph in graphs)
-        taken = sum(_noise(row, decision, graph.profile) for graph, row, decision in overridden)
-        picked = fewest_nbytes(options, config.noise * square - taken)
-    else:
-        taken = sum(stored_nbytes(row, decision) for _, row, decision in overridden)
-        budget = _average_nbytes([*(row for _, row in chosen), *(row for _, row, _ in overridden)], config) - taken
-        exact = sum(counted_nbytes(graph.rows, plan) for graph, plan in zip(graphs, lossless, strict=True))
-        fixed = exact - sum(row.nbytes for _, row in chosen)
-        if budget_nbytes is not None:
-            budget = budget_nbytes - fixed
-        found = least_noise(options, budget)
-        if found is None:
-            raise _infeasible(config, fixed + sum(min(way.nbytes for way in row_ways) for row_ways in options))
-        picked = found
-    decisions = [dict(plan) for plan in lossless]
-    for (index, row), row_ways, pick in zip(chosen, ways, picked, strict=True):
-        decisions[index][row.key] = row_ways[pick]
-    otherwise = _otherwise(config, _mean_bits(decisions, chosen) or config.code_bits)
-    return [Plan(plan, otherwise=otherwise, min_numel=config.smallest_numel) for plan in decisions]
+        noise = config.noise * sum(graph.profile.gradient_square for graph in graphs)
+        plans = choice.plans(fewest_nbytes(choice.options, noise - choice.fixed_noise))
+        return with_offloaded(rows, plans) if config.offloads else plans
+    if budget_nbytes is None:
+        plans = choice.within(choice.nbytes_at(mean_bits) + choice.left_by_overrides(mean_bits))
+        return with_offloaded(rows, plans) if config.offloads else plans
+    room = budget_nbytes - choice.fixed_nbytes
+    if not config.offloads:
+        return choice.within(room)
+    for bits in (mean_bits, *(bits for bits in reversed(CODE_BITS) if bits < mean_bits)):
+        plans = with_offloaded(rows, choice.within(max(room, choice.nbytes_at(bits))), budget_nbytes)
+        nbytes = sum(map(counted_nbytes, rows, plans))
+        if nbytes <= budget_nbytes:
+            return plans
+    raise _infeasible(config, nbytes)
 
 
-def _mean_bits(decisions: Sequence[Mapping[str, Decision]], rows: Sequence[tuple[int, SavedTensor]]) -> int | None:
-    """Mean bits of the codes of ``rows``, rounded down to a width that codes have; None when there are none."""
-    codes = [(row.numel, decisions[index][row.key].bits) for index, row in rows]
+@dataclass(frozen=True)
+class _Choice:
+    """The rows of all graphs that can be quantized: for each its graph, and the ways to store it with their price.
+    ``given`` are the plans for all others, ``overridden`` those of them with bits that are set already.
+    """
+
+    config: Config
+    given: list[Plan]
+    chosen: list[tuple[int, SavedTensor]]
+    ways: list[list[Decision]]
+    options: list[list[Option]]
+    overridden: list[tuple[SavedTensor, Decision]]
+    fixed_nbytes: int
+    fixed_noise: float
+
+    @classmethod
+    def among(cls, graphs: Sequence[ProbedGraph], config: Config) -> "_Choice":
+        """The choice that the rows of ``graphs`` leave."""
+        coarse = [_uniform(graph.rows, config, CODE_BITS[0]) for graph in graphs]
+        plans = [_given(graph, config, codes) for graph, codes in zip(graphs, coarse, strict=True)]
+        codes = [
+            (index, row)
+            for index, graph in enumerate(graphs)
+            for row in graph.rows
+            if coarse[index][row.key].action is Action.QUANTIZE
+        ]
+        chosen = [
+            (index, row)
+            for index, row in codes
+            if plans[index][row.key].action is Action.KEEP and row.key in graphs[index].profile.sensitivities
+        ]
+        overridden = [(index, row) for index, row in codes if plans[index][row.key].action is Action.QUANTIZE]
+        ways = [ways_to_store(row, config) for _, row in chosen]
+        options = [
+            [Option(stored_nbytes(row, way), noise_of(row, way, graphs[index].profile)) for way in row_ways]
+            for (index, row), row_ways in zip(chosen, ways, strict=True)
+        ]
+        exact = sum(counted_nbytes(graph.rows, plan) for graph, plan in zip(graphs, plans, strict=True))
+        return cls(
+            config,
+            plans,
+            chosen,
+            ways,
+            options,
+            overridden=[(row, plans[index][row.key]) for index, row in overridden],
+            fixed_nbytes=exact - sum(row.nbytes for _, row in chosen),
+            fixed_noise=sum(noise_of(row, plans[i][row.key], graphs[i].profile) for i, row in overridden),
+        )
+
+    def nbytes_at(self, bits: float) -> float:
+        """Bytes of all rows at codes of ``bits``."""
+        return sum(nbytes_at(row, bits, self.config.group_size) for _, row in self.chosen)
+
+    def left_by_overrides(self, bits: float) -> float:
+        """Bytes that rows with bits of their own leave of ``bits`` per element; negative where they take more."""
+        size = self.config.group_size
+        return sum(nbytes_at(row, bits, size) - stored_nbytes(row, own) for row, own in self.overridden)
+
+    def within(self, nbytes: float) -> list[Plan]:
+        """The plans of the least noise.
+
+        Raises:
+            ConfigError: When the smallest way to store each row takes more.
+        """
+        picked = least_noise(self.options, nbytes)
+        if picked is None:
+            least_nbytes = sum(min(way.nbytes for way in row_ways) for row_ways in self.options)
+            raise _infeasible(self.config, self.fixed_nbytes + least_nbytes)
+        return self.plans(picked)
+
+    def plans(self, picked: Sequence[int]) -> list[Plan]:
+        """One plan per graph, with the way at index ``picked`` for each row."""
+        decisions = [dict(plan) for plan in self.given]
+        codes = []
+        for (index, row), row_ways, pick in zip(self.chosen, self.ways, picked, strict=True):
+            decisions[index][row.key] = row_ways[pick]
+            codes.append((row.numel, row_ways[pick].bits))
+        otherwise = _otherwise(self.config, _mean_bits(codes) or self.config.code_bits)
+        return [
+            replace(plan, decisions=decided, otherwise=otherwise)
+            for plan, decided in zip(self.given, decisions, strict=True)
+        ]
+
+
+def _given(graph: ProbedGraph, config: Config, coarse: Plan) -> Plan:
+    """What nobody has to choose for the rows that are codes in ``coarse``: bits by overrides, rows that are recomputed,
+    and what was stored for rows of unknown sensitivity. Those to choose are exact.
+    """
+    lossless = _uniform(graph.rows, config, None)
+    decisions = dict(lossless)
+    for row in graph.rows:
+        probed = graph.plan.get(row.key, UNKNOWN_NOISE)
+        if probed.action is Action.RECOMPUTE:
+            decisions[row.key] = probed
+        elif (coarse[row.key].action, lossless[row.key].action) != (Action.QUANTIZE, Action.KEEP):
+            continue
+        elif row.key not in graph.profile.sensitivities:
+            is_rounded = probed.action is Action.QUANTIZE and config.noise is None
+            decisions[row.key] = replace(probed, offload=False) if is_rounded else UNKNOWN_NOISE
+    return replace(lossless, decisions=decisions)
+
+
+def _mean_bits(codes: Sequence[tuple[int, int | None]]) -> int | None:
+    """Mean bits of tensors, from their elements and bits, rounded down to a width that codes have; exact tensors do not
+    count. None when there are no others.
+    """
     total = sum(numel for numel, bits in codes if bits is not None)
     mean = sum(numel * bits for numel, bits in codes if bits is not None) / total if total else 0
     return max((bits for bits in CODE_BITS if bits <= mean), default=None)
 
 
 def _otherwise(config: Config, bits: int | None) -> Decision:
-    """What a plan says of tensors that it does not know yet."""
+    """What a plan says of tensors that it does not know yet; they are offloaded where all that is worth it is."""
+    offload = config.offloads and config.memory is None
     if bits is None:
-        return Decision(Action.KEEP, "the settings are lossless")
-    return Decision(Action.QUANTIZE, "uniform bits", bits=bits, group_size=config.group_size)
-
-
-def _average_nbytes(rows: Sequence[SavedTensor], config: Config) -> float:
-    """Bytes of ``rows`` at the mean bits of ``config``."""
-    assert config.average_bits is not None
-    return sum(_nbytes_at(row, config.average_bits, config.group_size) for row in rows)
+        return Decision(Action.KEEP, "the settings are lossless", offload=offload)
+    reason = "uniform bits"
+    return Decision(Action.QUANTIZE, reason, bits=bits, group_size=config.group_size, offload=offload)
 
 
 def _infeasible(config: Config, least_nbytes: int) -> ConfigError:
@@ -118,109 +214,20 @@ def _infeasible(config: Config, least_nbytes: int) -> ConfigError:
             f"bits must leave at least {CODE_BITS[0]} bit per element to what overrides does not name, got a mean of "
             f"{config.average_bits} with overrides={dict(config.override_pairs)!r}: raise bits or lower the overrides"
         )
+    least = "without loss" if config.code_bits is None else f"at {CODE_BITS[0]} bit per element"
+    if config.offloads:
+        least += f" on the device, where tensors below {OFFLOAD_MIN_NBYTES // 2**20} MiB stay"
+    remedies = [] if config.offloads else ["set offload=True"]
+    if not config.offloads and config.recompute != "full":
+        remedies.append("set recompute='full'")
     return ConfigError(
-        f"memory must leave room for what is saved at {CODE_BITS[0]} bit per element, {least_nbytes} bytes "
-        f"({least_nbytes / 2**20:.1f} MiB) for this model and batch, got {config.memory!r}: give that much, or make "
-        "the batch smaller"
+        f"memory must leave room for what is saved {least}, {least_nbytes} bytes ({least_nbytes / 2**20:.1f} MiB) for "
+        f"this model and batch, got {config.memory!r}: "
+        f"{', '.join(['give that much', *remedies, 'or make the batch smaller'])}"
     )
-
-
-def counted_nbytes(rows: Sequence[SavedTensor], plan: Plan) -> int:
-    """Bytes stored for rows that are there for the backward alone."""
-    counted = (row for row in rows if row.role in (Role.ACTIVATION, Role.BOUNDARY))
-    return sum(stored_nbytes(row, plan[row.key]) for row in counted)
-
-
-def _ways(row: SavedTensor, config: Config) -> list[Decision]:
-    """What may be stored for a row that can be quantized, from the fewest bytes."""
-    reason = "least noise at these bytes"
-    if row.role is Role.BOUNDARY:
-        reason += "; memory falls once the caller drops the tensor"
-    ways = [Decision(Action.QUANTIZE, reason, bits=bits, group_size=config.group_size) for bits in CODE_BITS]
-    smaller = [way for way in ways if stored_nbytes(row, way) < row.nbytes]
-    return [*smaller, Decision(Action.KEEP, "exact is worth its bytes")]
-
-
-def _noise(row: SavedTensor, decision: Decision, profile: Profile) -> float:
-    """The variance that a decision adds to the gradient."""
-    known = profile.sensitivities.get(row.key)
-    return 0.0 if decision.bits is None or known is None else known.variance[decision.bits]
-
-
-def _nbytes_at(row: SavedTensor, bits: float, group_size: int) -> float:
-    """Bytes of codes of ``bits``, which may lie between two widths, with scales and zeros."""
-    without = quantized_nbytes(row.numel, 0, group_size, row.dtype)
-    return without + (quantized_nbytes(row.numel, 8, group_size, row.dtype) - without) * bits / 8
-
-
-def stored_nbytes(row: SavedTensor, decision: Decision) -> int:
-    """Bytes that ``decision`` stores for ``row``, metadata included."""
-    match decision.action:
-        case Action.KEEP:
-            return row.nbytes
-        case Action.PACK:
-            return packed_nbytes(row.numel)
-        case Action.NARROW:
-            assert decision.dtype is not None
-            return row.numel * decision.dtype.itemsize
-        case Action.QUANTIZE:
-            assert decision.bits is not None and decision.group_size is not None
-            return quantized_nbytes(row.numel, decision.bits, decision.group_size, row.dtype)
 
 
 def _uniform(rows: Sequence[SavedTensor], config: Config, bits: int | None) -> Plan:
     """Lossless steps, and codes of ``bits`` where these help."""
     decisions = {row.key: decide(row, config, bits) for row in rows}
     return Plan(decisions, otherwise=_otherwise(config, bits), min_numel=config.smallest_numel)
-
-
-def decide(row: SavedTensor, config: Config, bits: int | None) -> Decision:
-    """The decision for one row: lossless steps, and codes of ``bits`` where these help; what settings say for its
-    module wins.
-    """
-    obstacle = row.obstacle or setting_against(row, config)
-    if obstacle:
-        return Decision(Action.KEEP, obstacle)
-    if row.numel < config.smallest_numel:
-        return Decision(Action.KEEP, f"it has fewer than {config.smallest_numel} elements (min_numel)", by_size=True)
-    if row.dtype == torch.bool:
-        return Decision(Action.PACK, "a mask needs one bit per element")
-    if not row.dtype.is_floating_point:
-        return _narrow(row)
-    reason = "uniform bits until the first backward is probed" if config.automatic else "uniform bits"
-    override = find_override(row, config)
-    if override is not None:
-        pattern, bits = override
-        reason = f"its module matches {pattern!r} (overrides)"
-        if bits == EXACT_BITS:
-            return Decision(Action.KEEP, reason)
-    if bits is None:
-        return Decision(Action.KEEP, "the settings are lossless")
-    if row.role is Role.BOUNDARY:
-        reason += "; memory falls once the caller drops the tensor"
-    decision = Decision(Action.QUANTIZE, reason, bits=bits, group_size=config.group_size)
-    if stored_nbytes(row, decision) >= row.nbytes:
-        return NO_FEWER_BYTES
-    return decision
-
-
-def find_override(row: SavedTensor, config: Config) -> tuple[str, int] | None:
-    """The pattern and bits that ``config.overrides`` sets for the module of ``row``."""
-    return next((pair for pair in config.override_pairs if fnmatchcase(row.module, pair[0])), None)
-
-
-def setting_against(row: SavedTensor, config: Config) -> str:
-    """Why settings keep the tensors of this module exact, or an empty string."""
-    for pattern in config.skip:
-        if fnmatchcase(row.module, pattern):
-            return f"its module matches {pattern!r} (skip)"
-    return ""
-
-
-def _narrow(row: SavedTensor) -> Decision:
-    if row.index_range is None:
-        return Decision(Action.KEEP, "the range of its integers is not known")
-    for dtype, num_values in _NARROW_TYPES:
-        if row.index_range <= num_values and dtype.itemsize < row.dtype.itemsize:
-            return Decision(Action.NARROW, f"its integers lie below {row.index_range}", dtype=dtype)
-    return Decision(Action.KEEP, "its integers need their width", by_size=True)

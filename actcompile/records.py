@@ -15,7 +15,7 @@ from .distributed import num_ranks, plan_of_rank_0
 from .following import follow
 from .memory import CompiledStep, SymbolicTimeline, Timeline, step_timeline
 from .plan import Plan, Profile, Role, SavedTensor
-from .planner import ProbedGraph, counted_nbytes, solve, stored_nbytes
+from .planner import ProbedGraph, counted_nbytes, host_nbytes, solve, stored_nbytes
 from .sensitivity import Probe
 
 log = logging.getLogger(__name__)
@@ -140,7 +140,8 @@ def found_plan(record: GraphRecord) -> Plan | None:
         log.warning("a batch of this size takes more than memory=%r: ranks keep one plan", record.config.memory)
         return followed
     assert earlier.profile is not None
-    return replace(solve([ProbedGraph(record.rows, earlier.profile)], record.config, budget)[0], graphs=plan.graphs)
+    again = ProbedGraph(record.rows, earlier.profile, followed)
+    return replace(solve([again], record.config, budget)[0], graphs=plan.graphs)
 
 
 def _budget_again(record: GraphRecord, earlier: GraphRecord) -> float | None:
@@ -149,11 +150,17 @@ def _budget_again(record: GraphRecord, earlier: GraphRecord) -> float | None:
     if budget is None:
         return None
     known = [(o, o.solved) for o in _records if o.config == record.config and o.solved is not None]
-    stored = sum(counted_nbytes(other.rows, plan) for other, plan in known)
-    if isinstance(record.config.memory, float):
+    if isinstance(record.config.memory, float) and earlier.baseline_nbytes:
         total = sum(other.budget_nbytes() or 0 for other, _ in known)
         budget = total * record.baseline_nbytes / earlier.baseline_nbytes
-    return budget * counted_nbytes(earlier.rows, solved_plan(earlier)) / stored
+    stored = sum(_all_nbytes(other.rows, plan) for other, plan in known)
+    return budget * _all_nbytes(earlier.rows, solved_plan(earlier)) / stored if stored else budget
+
+
+def _all_nbytes(rows: Sequence[SavedTensor], plan: Plan) -> int:
+    """Bytes stored on the device and in the host's memory, where a plan may move all that a graph saves."""
+    moved = sum(host_nbytes(row, plan[row.key]) for row in rows)
+    return counted_nbytes(rows, plan) + moved
 
 
 def _serves(other: GraphRecord, record: GraphRecord) -> bool:
@@ -179,7 +186,7 @@ def solved_plan(record: GraphRecord, purpose: str = "train") -> Plan:
 def _solve(record: GraphRecord) -> Plan:
     """The plan of a probed graph, solved together with those of the other graphs with the same settings."""
     together = [other for other in _records if other.config == record.config and other.profile is not None]
-    graphs = [ProbedGraph(other.rows, other.profile) for other in together if other.profile is not None]
+    graphs = [ProbedGraph(other.rows, other.profile, other.plan) for other in together if other.profile is not None]
     # A share of each graph, or one number of bytes for all of them.
     budgets = [other.budget_nbytes() for other in together]
     budget = sum(filter(None, budgets)) if isinstance(record.config.memory, float) else budgets[0]

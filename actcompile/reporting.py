@@ -3,6 +3,7 @@
 import functools
 import html
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,7 +15,7 @@ from tabulate import tabulate
 
 from .memory import Timeline, step_peak
 from .plan import Role
-from .planner import stored_nbytes
+from .planner import host_nbytes, stored_nbytes
 from .records import GraphRecord
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class ReportRow:
-    """One saved tensor. ``nbytes`` is its own size, ``stored_nbytes`` what is stored, metadata included.
+    """One saved tensor. ``nbytes`` is its own size, ``stored_nbytes`` what is stored on the device and ``host_nbytes``
+    in the host's memory, metadata included.
 
     ``kind`` is "leaf" when an error stays in one gradient and "path" when it travels on. ``sensitivity`` and
     ``predicted_noise`` are None as long as nothing measured them.
@@ -47,6 +49,7 @@ class ReportRow:
     reason: str
     sensitivity: float | None = None
     predicted_noise: float | None = None
+    host_nbytes: int = 0
 
     @property
     def counts(self) -> bool:
@@ -70,13 +73,20 @@ class Report:
 
     @property
     def saved_nbytes(self) -> int:
-        """Bytes that the forward passes to the backward."""
+        """Bytes of the device's memory that the forward passes to the backward."""
         return sum(row.stored_nbytes for row in self.rows if row.counts)
 
     @property
+    def host_nbytes(self) -> int:
+        """Bytes that wait for the backward in the host's memory."""
+        return sum(row.host_nbytes for row in self.rows if row.counts)
+
+    @property
     def ratio(self) -> float:
-        """How many times fewer bytes are stored than torch.compile saves."""
-        return self.baseline_nbytes / self.saved_nbytes if self.saved_nbytes else 1.0
+        """How many times fewer bytes are stored on the device than torch.compile saves."""
+        if not self.saved_nbytes:
+            return math.inf if self.host_nbytes else 1.0
+        return self.baseline_nbytes / self.saved_nbytes
 
     @property
     def predicted_peak_nbytes(self) -> int:
@@ -100,8 +110,11 @@ class Report:
     def to_json(self) -> str:
         """All rows and totals as a JSON document."""
         rows = [asdict(row) | {"dtype": str(row.dtype).removeprefix("torch.")} for row in self.rows]
-        names = ("saved_nbytes", "baseline_nbytes", "ratio", "predicted_noise", "predicted_peak_nbytes")
+        names = ("saved_nbytes", "host_nbytes", "baseline_nbytes", "ratio", "predicted_noise", "predicted_peak_nbytes")
         totals = {name: getattr(self, name) for name in names}
+        if math.isinf(self.ratio):
+            # JSON has no infinity.
+            totals["ratio"] = None
         return json.dumps({**totals, "rows": rows}, indent=1)
 
     def plot(self, path: str | Path | None = None) -> "Figure":
@@ -115,10 +128,10 @@ class Report:
         return plot_report(self, path)
 
     def _total(self) -> str:
-        return (
-            f"stored {self.saved_nbytes / MIB:.2f} MiB, torch.compile saves {self.baseline_nbytes / MIB:.2f} MiB: "
-            f"{self.ratio:.1f}x less"
-        )
+        stored = f"stored {self.saved_nbytes / MIB:.2f} MiB"
+        if self.host_nbytes:
+            stored += f" and in the host's memory {self.host_nbytes / MIB:.2f} MiB"
+        return f"{stored}, torch.compile saves {self.baseline_nbytes / MIB:.2f} MiB: {self.ratio:.1f}x less"
 
     def _cells(self) -> list[list[str]]:
         return [_cell_row(rows) for rows in fold_layers([row for row in self.rows if row.counts])]
@@ -140,7 +153,8 @@ def fold_layers(rows: Sequence[ReportRow]) -> list[list[ReportRow]]:
 
 
 def _fold_key(row: ReportRow, pattern: str, position: int) -> tuple[object, ...]:
-    return pattern, row.op, row.shape, row.dtype, row.action, row.bits, row.kind, row.role, row.reason, position
+    name = pattern, row.op, row.shape, row.dtype, row.kind, row.role
+    return *name, row.action, row.bits, bool(row.host_nbytes), row.reason, position
 
 
 def _cell_row(rows: Sequence[ReportRow]) -> list[str]:
@@ -151,7 +165,7 @@ def _cell_row(rows: Sequence[ReportRow]) -> list[str]:
         "x".join(map(str, first.shape)) or "scalar",
         str(first.dtype).removeprefix("torch."),
         f"{sum(row.nbytes for row in rows) / MIB:.3f}",
-        first.action,
+        first.action + (", offload" if first.host_nbytes else ""),
         str(first.bits or ""),
         f"{sum(row.stored_nbytes for row in rows) / MIB:.3f}",
         first.kind,
@@ -188,6 +202,7 @@ def make_report(records: Sequence[GraphRecord]) -> Report:
                     kind=row.kind,
                     role=str(row.role),
                     reason=decision.reason,
+                    host_nbytes=host_nbytes(row, decision),
                 )
             )
     timelines = tuple(record.timeline for record in records if record.timeline is not None)

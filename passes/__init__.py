@@ -11,15 +11,17 @@ from actcompile.plan import Plan
 
 from ._fx import GraphPair
 from .insert_codecs import insert_codecs
+from .offload import offload_stored
 from .pack_masks import pack_masks
 from .place_codecs import place_codecs
+from .recompute import recompute_saved
 from .verify import verify
 
 log = logging.getLogger(__name__)
 
 Pass = Callable[[GraphPair, Plan], None]
 
-PIPELINE: tuple[Pass, ...] = (insert_codecs, pack_masks, place_codecs)
+PIPELINE: tuple[Pass, ...] = (recompute_saved, insert_codecs, pack_masks, place_codecs, offload_stored)
 
 
 def run_passes(pair: GraphPair, plan: Plan, passes: tuple[Pass, ...] = PIPELINE) -> None:

@@ -233,7 +233,7 @@ def call(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: Any)
     """Inserts a call at the graph's insertion point and gives it the ``val`` that its fake tensors say."""
     node = graph.call_function(target, args, kwargs)
     values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-    with _fake_mode(graph):
+    with fake_mode(graph):
         node.meta["val"] = target(*values[0], **values[1])
     # Inductor holds an operator to the strides it was traced with only where it finds them here.
     node.meta["eager_input_vals"] = values
@@ -251,7 +251,7 @@ def unpack_call(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
     return items
 
 
-def _fake_mode(graph: fx.Graph) -> FakeTensorMode:
+def fake_mode(graph: fx.Graph) -> FakeTensorMode:
     """The mode that the values of ``graph`` were traced in."""
     return next(
         node.meta["val"].fake_mode

@@ -14,12 +14,11 @@ Never touches: rows that the plan keeps, graph inputs that the caller holds, out
 """
 
 import torch
-from torch import fx
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from actcompile.plan import Action, Decision, Plan
 
 from ._fx import ROW_KEY, GraphPair, Slot, body_anchor, call, first_user, retire, size_args, unpack_call
+from ._views import dense_base
 
 aten = torch.ops.aten
 convert = torch.ops.prims.convert_element_type.default
@@ -44,7 +43,7 @@ def _quantize(pair: GraphPair, slot: Slot, decision: Decision, salt: int) -> Non
     assert pair.seed is not None, "a plan with lossy codecs needs the seed"
     source, placeholder = slot.source, slot.placeholder
     bits, group_size = decision.bits, decision.group_size
-    stored = _dense_base(pair.forward.graph, source)
+    stored = dense_base(pair.forward.graph, source)
     with pair.forward.graph.inserting_after(body_anchor(stored)):
         codec = call(
             pair.forward.graph, torch.ops.actcompile.quantize.default, stored, bits, group_size, pair.seed, salt
@@ -70,13 +69,3 @@ def _narrow(pair: GraphPair, slot: Slot, decision: Decision) -> None:
     with pair.backward.graph.inserting_before(first_user(placeholder)):
         wide = call(pair.backward.graph, convert, received, source.meta["val"].dtype)
     retire(placeholder, wide)
-
-
-def _dense_base(graph: fx.Graph, source: fx.Node) -> fx.Node:
-    """``source`` with every expanded dimension cut to one element, or ``source`` itself."""
-    value, base = source.meta["val"], source
-    for dim, (size, stride) in enumerate(zip(value.shape, value.stride(), strict=True)):
-        if guard_or_false(stride == 0) and not guard_or_false(size == 1):
-            with graph.inserting_after(base):
-                base = call(graph, aten.slice.Tensor, base, dim, 0, 1)
-    return base

@@ -3,6 +3,7 @@
     recompute="none"     what torch.compile saves
     recompute="cheap"    what is left when pointwise operators, normalizations and embeddings run again in the backward,
                          no matrix product does, and the residual stream is stored, not summed up again
+    recompute="full"     the same, and graph inputs with which the backward repeats matrix products if the plan says so
 
 What is saved is then normalised:
 
@@ -16,18 +17,21 @@ The tensor that is saved in place of others never has more elements than they ha
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
 from torch import fx
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._guards import TracingContext, tracing
 
 from actcompile.plan import Role
 
-from ._fx import GraphPair, Slot, first_user, graph_outputs, hint, retire
-from ._views import value_chain
+from ._fx import GraphPair, Slot, fake_mode, first_user, graph_outputs, hint, retire
+from ._views import storage, value_chain
 from .pin_unstable import pin_unstable
+from .recompute import offer_inputs
 from .rerun_attention import rerun_attention
 
 # Bans on recomputing that "cheap" lifts; the ban on what is used far apart stays, it keeps the residual stream.
@@ -49,17 +53,18 @@ def partition(
     Args:
         joint: The joint graph.
         joint_inputs: Its inputs, as AOTAutograd hands them to a partitioner.
-        recompute: "none" or "cheap".
+        recompute: "none", "cheap" or "full".
         lossy: Whether saved tensors may come back with noise, so that what is unstable is computed in the
             forward and attention's backward runs on its own operands.
         input_roles: Roles of the graph's inputs.
         num_fwd_outputs: Outputs of the joint graph that belong to the forward.
         **kwargs: What else AOTAutograd hands to a partitioner.
     """
-    if recompute == "cheap":
+    cheap = recompute != "none"
+    if cheap:
         _embeddings_as_indexing(joint.graph)
     num_outputs = pin_unstable(joint, num_fwd_outputs) if lossy else num_fwd_outputs
-    with functorch_config.patch(_CHEAP if recompute == "cheap" else {}):
+    with functorch_config.patch(_CHEAP if cheap else {}):
         forward, backward = min_cut_rematerialization_partition(
             joint, joint_inputs, num_fwd_outputs=num_outputs, **kwargs
         )
@@ -67,6 +72,8 @@ def partition(
     _share_saved_values(pair)
     if lossy:
         rerun_attention(pair)
+    if recompute == "full":
+        offer_inputs(pair)
     return pair
 
 
@@ -83,12 +90,20 @@ def baseline(joint: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: An
 
     @functools.cache
     def nbytes() -> int:
-        forward, _ = min_cut_rematerialization_partition(untouched, joint_inputs, **kwargs)
+        with _traced_again(untouched.graph):
+            forward, _ = min_cut_rematerialization_partition(untouched, joint_inputs, **kwargs)
         outputs = graph_outputs(forward.graph)[kwargs["num_fwd_outputs"] :]
         saved = [node for node in outputs if isinstance(node, fx.Node)]
-        return sum(tensor_nbytes(node.meta["val"]) for node in saved if value_chain(node)[-1].op != "placeholder")
+        roots = {node: (value_chain(node)[-1], storage(node)) for node in saved}
+        return sum(tensor_nbytes(node.meta["val"]) for node in saved if all(r.op != "placeholder" for r in roots[node]))
 
     return nbytes
+
+
+def _traced_again(graph: fx.Graph) -> AbstractContextManager[object]:
+    """What ``graph`` was traced under: the partitioner makes values of its own for random operators that it repeats."""
+    mode, current = fake_mode(graph), TracingContext.try_get()
+    return nullcontext() if current is not None and current.fake_mode is mode else tracing(TracingContext(mode))
 
 
 def _copy(graph: fx.Graph) -> fx.Graph:

@@ -53,7 +53,7 @@ def pin_unstable(joint: fx.GraphModule, num_forward_outputs: int) -> int:
         if node.meta.get("recompute") not in _USER_RECOMPUTES:
             _split_relu(node)
     dependent = tangent_dependent(graph)
-    pinned = [node for node in graph.nodes if node not in dependent and _is_unstable(node)]
+    pinned = [node for node in graph.nodes if node not in dependent and is_unstable(node)]
     for node in pinned:
         if node.target is operator.getitem:
             node.all_input_nodes[0].meta["recompute"] = CheckpointPolicy.MUST_SAVE
@@ -88,7 +88,7 @@ def _split_relu(node: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _is_unstable(node: fx.Node) -> bool:
+def is_unstable(node: fx.Node) -> bool:
     """Whether noise in the floating-point values that ``node`` reads may come out much larger."""
     if node.op != "call_function" or not is_tensor(node) or node.meta.get("recompute") in _USER_RECOMPUTES:
         return False

@@ -6,7 +6,7 @@ becomes
     forward:   x = f(a);  codes = quantize(x);  y = g(x);  ...;  return y, codes
     backward:  ...;  x = dequantize(codes);  gy = h(grad, x);  ...;  x2 = dequantize(codes);  gw = mm(grad, x2)
 
-    1. encoders    move up, with what is computed for them alone, right behind what they read
+    1. encoders    move up, with what is computed for them alone, right behind what they read; copies to the host too
     2. decoders    move down to their first user, and run again for users that come much later
     3. recomputed  forward operators move down to their first user in the backward, the last ones first
 
@@ -28,25 +28,32 @@ from ._fx import GraphPair, body_anchor, tangent_dependent
 
 ENCODERS = frozenset({torch.ops.actcompile.quantize.default, torch.ops.actcompile.pack_bool.default})
 DECODERS = frozenset({torch.ops.actcompile.dequantize.default, torch.ops.actcompile.unpack_bool.default})
+OFFLOAD, RELOAD = torch.ops.actcompile.offload.default, torch.ops.actcompile.reload.default
+_EARLY = ENCODERS | {OFFLOAD}
 
 # Users of a decoded tensor that lie further apart than this many nodes each get a decoding of their own.
-_NEARBY = 12
+NEARBY = 12
 
 
 def place_codecs(pair: GraphPair, plan: Plan) -> None:
     """Moves encoders up, decoders and recomputed operators down."""
-    for node in _made_for_encoders(pair):
-        _hoist(node)
+    hoist_encoders(pair)
     _sink_independent(pair.backward.graph)
     for node in [n for n in pair.backward.graph.nodes if n.target in DECODERS]:
         _split(node)
+
+
+def hoist_encoders(pair: GraphPair) -> None:
+    """Moves encoders and copies to the host up, and what is computed for them alone."""
+    for node in _made_for_encoders(pair):
+        _hoist(node)
 
 
 def _made_for_encoders(pair: GraphPair) -> list[fx.Node]:
     """Encoders and what the forward computes for them alone, in its order: autograd's own views stand at its end."""
     nodes = list(pair.forward.graph.nodes)
     returned = {node for node in pair.user_outputs if isinstance(node, fx.Node)}
-    encoded = {node for node in nodes if node.target in ENCODERS}
+    encoded = {node for node in nodes if node.target in _EARLY}
     for node in reversed(nodes):
         for needed in (returned, encoded):
             if node in needed:
@@ -85,7 +92,7 @@ def _split(decoder: fx.Node) -> None:
     order = {node: position for position, node in enumerate(graph.nodes)}
     current, last = decoder, None
     for user in sorted(decoder.users, key=order.__getitem__):
-        if last is not None and order[user] - order[last] > _NEARBY:
+        if last is not None and order[user] - order[last] > NEARBY:
             with graph.inserting_before(user):
                 current = graph.node_copy(decoder)
         if current is not decoder:

@@ -61,6 +61,34 @@ def test_slices_of_an_input_are_views() -> None:
     assert [(row.op, row.role) for row in rows.values()] == [("slice", Role.INPUT)]
 
 
+PARTS = [
+    lambda x: x.unbind(1)[2],
+    lambda x: x.split(4, 1)[1],
+    lambda x: x.split([2, 4, 2], 1)[1],
+    lambda x: x.chunk(2, 1)[1],
+    lambda x: x.tensor_split(2, 1)[1],
+    lambda x: x.split(4, 1)[1].unsqueeze(0)[:, :, :2],
+]
+
+
+@pytest.mark.parametrize("take", PARTS)
+def test_parts_of_an_input_are_views(take: Callable[[Tensor], Tensor]) -> None:
+    rows = rows_of(lambda w, x: (take(x) * w).sum(), weight(1), torch.randn(4, 8))
+    assert [(row.role, row.movable) for row in rows.values()] == [(Role.INPUT, False)]
+
+
+def test_parts_of_activations_and_outputs() -> None:
+    """The caller of what holds one part holds the others."""
+
+    def function(w: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        left, right = (x @ w).split(4, 1)
+        return right @ v, left
+
+    rows = rows_of(function, weight(8, 8), weight(4, 3), torch.randn(4, 8))
+    (row,) = (row for row in rows.values() if row.role is Role.ACTIVATION)
+    assert (row.obstacle.startswith("the caller holds it"), row.movable) == (True, False)
+
+
 def test_outputs_are_held_by_the_caller() -> None:
     row = rows_of(lambda w, x: torch.exp(x @ w), weight(8, 8), torch.randn(4, 8))["exp"]
     assert row.obstacle == "the caller holds it: it is an output of the graph"

@@ -6,7 +6,8 @@ import pytest
 
 import actcompile
 from actcompile import Config, ConfigError, Plan
-from actcompile.config import parse_nbytes
+from actcompile.config import LEVELS, RECOMPUTE, parse_nbytes
+from actcompile.plan import Action, Decision
 
 # settings -> the rule, the value and the remedy that the message must name.
 REJECTED = [
@@ -39,7 +40,10 @@ REJECTED = [
     ({"overrides": ["head"]}, ["overrides must map module-name patterns", "['head']"]),
     ({"overrides": ("head", 4)}, ["overrides must map module-name patterns", "('head', 4)"]),
     ({"plan": 3}, ["plan must be an actcompile.Plan or the path", "3"]),
-    ({"plan": Plan(), "bits": 4}, ["a plan already says what is stored", "bits", "one or the other"]),
+    ({"plan": Plan(), "bits": 4}, ["a plan already says what is stored", "got plan and bits", "give one"]),
+    ({"plan": Plan(), "offload": True}, ["a plan already says what is stored", "got plan and offload"]),
+    ({"plan": Plan(), "level": "L3"}, ["a plan already says what is stored", "got plan and level"]),
+    ({"offload": 1}, ["offload must be True or False", "1"]),
     ({"level": "L9"}, ["level must be one of L0, L1", "'L9'"]),
 ]
 
@@ -53,9 +57,9 @@ def test_rejected(settings: dict[str, object], parts: list[str]) -> None:
         assert part in str(found.value)
 
 
-@pytest.mark.parametrize("name", ["sparsity", "offload", "profile_every"])
+@pytest.mark.parametrize("name", ["sparsity", "profile_every"])
 def test_what_is_not_there_yet_says_so(name: str) -> None:
-    value = {"sparsity": 0.8, "profile_every": 100}.get(name, True)
+    value = {"sparsity": 0.8, "profile_every": 100}[name]
     with pytest.raises(ConfigError, match=f"{name} is not available in this release") as found:
         Config(**{name: value})  # type: ignore[arg-type]
     assert repr(value) in str(found.value)
@@ -113,11 +117,23 @@ def test_bits_between_two_widths_need_auto() -> None:
         Config(bits=0.5, auto=True)
 
 
-@pytest.mark.parametrize("level", ["L3", "swap", "L4bit-swap"])
-def test_later_levels_name_what_is_missing(level: str) -> None:
-    with pytest.raises(ConfigError, match=r"is not available in this release") as found:
-        Config.from_level(level)
-    assert repr(level) in str(found.value)
+@pytest.mark.parametrize(("level", "bits", "auto"), [("L3", 4, True), ("swap", None, False), ("L4bit-swap", 4, False)])
+def test_levels_that_offload(level: str, bits: int | None, auto: bool) -> None:
+    config = Config.from_level(level)
+    assert config.offloads
+    assert (config.code_bits, config.automatic, config.lossy) == (bits, auto, bits is not None)
+    assert not Config.from_level(level, offload=False).offloads
+
+
+def test_only_these_levels_offload() -> None:
+    assert [level for level in LEVELS if Config(level=level).offloads] == ["L3", "swap", "L4bit-swap"]
+
+
+def test_a_plan_that_recomputes_needs_what_full_offers() -> None:
+    kept, again = Decision(Action.KEEP, ""), Decision(Action.RECOMPUTE, "")
+    assert Config(plan=Plan({"a": kept})).partition_mode == "cheap"
+    assert Config(plan=Plan({"a": kept, "b": again})).partition_mode == "full"
+    assert [Config(recompute=mode).partition_mode for mode in RECOMPUTE] == list(RECOMPUTE)
 
 
 def test_from_options_names_the_fields() -> None:

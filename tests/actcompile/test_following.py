@@ -7,7 +7,7 @@ import torch
 
 from actcompile import Config, ConfigError, Plan
 from actcompile.following import _FITS, check_model, follow
-from actcompile.plan import Action, Decision, Role, SavedTensor
+from actcompile.plan import Action, Decision, Recomputation, Role, SavedTensor
 from actcompile.planner import make_plan
 
 CODES = Decision(Action.QUANTIZE, "probed", bits=6, group_size=256)
@@ -105,6 +105,66 @@ def test_decisions(
     assert decision.reason
 
 
+MIB = 2**18  # fp32 elements
+
+
+def placed(decision: Decision | None, one: SavedTensor, otherwise: Decision = OTHERWISE) -> Decision:
+    given = replace(plan(decision), otherwise=otherwise)
+    return follow(given, [one], Config())["fc/gelu"]
+
+
+def test_what_is_offloaded() -> None:
+    moved, all_moved = replace(CODES, offload=True), replace(OTHERWISE, offload=True)
+    # A row that the plan moves, at any size, unless that frees nothing here.
+    assert placed(moved, row()) == moved
+    assert placed(moved, row(16)).offload and placed(moved, row(16)).action is Action.KEEP
+    assert placed(moved, row(movable=False)) == CODES
+    assert placed(replace(SMALL, offload=True), row()).offload
+    assert not placed(CODES, row(MIB)).offload
+    # A plan that moves all that is worth a transfer: at these sizes too.
+    assert placed(CODES, row(MIB), all_moved).offload
+    assert placed(None, row(MIB), all_moved).offload
+    assert placed(replace(CODES, offload=True), row(MIB), all_moved) == replace(CODES, offload=True)
+    assert not placed(CODES, row(MIB - 1), all_moved).offload
+    assert not placed(CODES, row(MIB, movable=False), all_moved).offload
+
+
+@pytest.mark.parametrize("settings", [{}, {"bits": 32}])
+def test_plans_that_offload_everything_say_so(settings: dict[str, object]) -> None:
+    made = make_plan([row(MIB // 8)], Config(offload=True, **settings))  # type: ignore[arg-type]
+    assert not made["fc/gelu"].offload
+    assert follow(made, [row(MIB)], Config())["fc/gelu"].offload
+    within = make_plan([row(MIB // 8)], Config(offload=True, memory="1GiB", auto=False))
+    assert not follow(within, [row(MIB)], Config())["fc/gelu"].offload
+
+
+def again(key: str, *sources: str, **changes: object) -> SavedTensor:
+    return row(key=key, recomputation=Recomputation(1, sources), **changes)
+
+
+# rows, settings -> keys of those recomputed, where the plan recomputes all but "x"
+AGAIN = [
+    ([row(key="x"), again("y", "x")], {}, ["y"]),
+    ([row(key="x"), again("y", "x"), again("z", "x")], {}, ["y", "z"]),
+    # What one of them is computed from is stored.
+    ([row(key="x"), again("y", "x"), again("z", "y")], {}, ["y"]),
+    ([row(key="x"), again("z", "y"), again("y", "x")], {}, ["z"]),
+    # The backward cannot compute it here, or must not.
+    ([row(key="x"), row(key="y")], {}, []),
+    ([row(key="x"), again("y", "x", obstacle="it is a statistic")], {}, []),
+    ([row(key="x"), again("y", "x")], {"skip": ("fc",)}, []),
+    ([row(key="x"), again("y", "x")], {"overrides": {"fc": 2}}, []),
+]
+
+
+@pytest.mark.parametrize(("rows", "settings", "keys"), AGAIN)
+def test_what_is_recomputed(rows: list[SavedTensor], settings: dict[str, object], keys: list[str]) -> None:
+    planned = {"x": CODES} | dict.fromkeys("yz", Decision(Action.RECOMPUTE, "no room"))
+    followed = follow(replace(plan(None), decisions=planned), rows, Config(**settings))  # type: ignore[arg-type]
+    assert [key for key, decision in followed.items() if decision.action is Action.RECOMPUTE] == keys
+    assert all(followed[one.key].reason for one in rows)
+
+
 def test_every_action_says_what_it_fits() -> None:
     assert set(_FITS) == set(Action)
 
@@ -117,6 +177,7 @@ def test_every_action_says_what_it_fits() -> None:
         (Decision(Action.PACK, ""), torch.float32),
         (Decision(Action.NARROW, "", dtype=torch.uint8), torch.bfloat16),
         (Decision(Action.NARROW, "", dtype=torch.uint8), torch.bool),
+        (Decision(Action.RECOMPUTE, ""), torch.bool),
     ],
 )
 def test_decisions_that_do_not_fit(decision: Decision, dtype: torch.dtype) -> None:
@@ -137,6 +198,9 @@ def test_following_its_own_rows_changes_nothing() -> None:
     rows = [replace(one, key=str(i)) for i, (_, one, *_) in enumerate(FOLLOWED)]
     made = make_plan(rows, Config(bits=2))
     assert follow(made, rows, Config()) == made
+    large = [replace(one, numel=MIB * 8, nbytes=MIB * 8 * one.dtype.itemsize) for one in rows]
+    moved = make_plan(large, Config(offload=True))
+    assert any(decision.offload for decision in moved.values()) and follow(moved, large, Config()) == moved
 
 
 def without(layer: str) -> tuple[str, ...]:

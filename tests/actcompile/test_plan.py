@@ -22,6 +22,8 @@ PLAN = Plan(
         "2/max": Decision(Action.NARROW, "small", dtype=torch.int16),
         "2/max#2": Decision(Action.KEEP, "it is a statistic"),
         "3/mul": Decision(Action.KEEP, "small", by_size=True),
+        "4/mm": Decision(Action.QUANTIZE, "moved", bits=4, group_size=256, offload=True),
+        "5/mm": Decision(Action.RECOMPUTE, "no room"),
     }
 )
 
@@ -49,9 +51,18 @@ def test_round_trip(tmp_path: Path) -> None:
     assert Plan.load(tmp_path / "plan.json") == full
 
 
+def test_plans_from_before_offloading_are_read(tmp_path: Path) -> None:
+    entry = {"action": "quantize", "reason": "uniform bits", "bits": 4, "group_size": 256}
+    document = {"format": "actcompile plan", "version": 1, "decisions": {"fc/mm": entry}}
+    (tmp_path / "plan.json").write_text(json.dumps(document))
+    decision = Decision(Action.QUANTIZE, "uniform bits", bits=4, group_size=256)
+    assert Plan.load(tmp_path / "plan.json") == Plan({"fc/mm": decision})
+    assert json.loads(Plan({"fc/mm": decision}).to_json())["decisions"] == document["decisions"]
+
+
 def test_reads_like_a_dict() -> None:
-    assert len(PLAN) == 5
-    assert list(PLAN) == ["0/addmm", "1/gt", "2/max", "2/max#2", "3/mul"]
+    assert len(PLAN) == 7
+    assert list(PLAN) == ["0/addmm", "1/gt", "2/max", "2/max#2", "3/mul", "4/mm", "5/mm"]
     assert PLAN["1/gt"].action is Action.PACK
     assert PLAN.get("nothing") is None
 
@@ -59,7 +70,7 @@ def test_reads_like_a_dict() -> None:
 def test_merged() -> None:
     other = Plan({"1/gt": Decision(Action.KEEP, "kept"), "9/mm": Decision(Action.KEEP, "kept")})
     merged = PLAN.merged(other)
-    assert len(merged) == 6
+    assert len(merged) == 8
     assert merged["1/gt"].action is Action.KEEP
     assert PLAN["1/gt"].action is Action.PACK
 

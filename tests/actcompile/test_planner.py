@@ -1,5 +1,6 @@
 """The planner: rows written by hand, and properties."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 
 from actcompile import Config, ConfigError, Plan
 from actcompile.config import CODE_BITS
-from actcompile.plan import Action, Decision, Profile, Role, SavedTensor, Sensitivity
-from actcompile.planner import ProbedGraph, make_plan, solve, stored_nbytes
+from actcompile.decisions import OFFLOAD_MIN_NBYTES, RECOMPUTED
+from actcompile.following import follow
+from actcompile.plan import Action, Decision, Profile, Recomputation, Role, SavedTensor, Sensitivity
+from actcompile.planner import ProbedGraph, host_nbytes, make_plan, solve, stored_nbytes
 
 ROW = SavedTensor(
     key="blocks.0.fc/gelu",
@@ -81,6 +84,7 @@ STORED = [
     (Decision(Action.PACK, ""), 1024),
     (Decision(Action.NARROW, "", dtype=torch.int16), 16384),
     # 32 groups: codes, a bf16 scale and an fp32 zero each.
+    (Decision(Action.RECOMPUTE, ""), 0),
     (Decision(Action.QUANTIZE, "", bits=4, group_size=256), 4096 + 32 * 6),
     (Decision(Action.QUANTIZE, "", bits=3, group_size=256), 3072 + 32 * 6),
     (Decision(Action.QUANTIZE, "", bits=1, group_size=64), 1024 + 128 * 6),
@@ -258,3 +262,252 @@ def test_rows_that_must_stay_exact_are_not_allocated() -> None:
     rows = [replace(graph.rows[0], obstacle="test"), graph.rows[1]]
     (plan,) = solve([replace(graph, rows=rows)], Config(bits=1, auto=True))
     assert (plan["a"].action, plan["a"].reason, plan["b"].bits) == (Action.KEEP, "test", 1)
+
+
+# What tensors of unknown sensitivity get: what was stored while probing, settings -> action, bits, bits of the others
+UNKNOWN = [
+    (None, {"bits": 1}, Action.KEEP, None, 1),
+    (Decision(Action.KEEP, "codes would take no fewer bytes", by_size=True), {"bits": 1}, Action.KEEP, None, 1),
+    (Decision(Action.QUANTIZE, "", bits=8, group_size=256), {"bits": 4.5}, Action.QUANTIZE, 8, 1),
+    (Decision(Action.QUANTIZE, "", bits=8, group_size=256), {"memory": 200_000}, Action.QUANTIZE, 8, 8),
+    (Decision(Action.QUANTIZE, "", bits=2, group_size=256), {"noise": 1e9}, Action.KEEP, None, 1),
+]
+
+
+@pytest.mark.parametrize(("meanwhile", "settings", "action", "bits", "others"), UNKNOWN)
+def test_unknown_noise_is_not_free(
+    meanwhile: Decision | None, settings: dict[str, object], action: Action, bits: int | None, others: int
+) -> None:
+    graph = probed({"a": 1.0, "b": 1.0})
+    profile = Profile({"a": graph.profile.sensitivities["a"]}, 1.0)
+    plan = Plan({} if meanwhile is None else {"b": meanwhile})
+    config = Config(auto=True, **settings)  # type: ignore[arg-type]
+    budget = settings.get("memory")
+    (solved,) = solve([replace(graph, profile=profile, plan=plan)], config, budget)  # type: ignore[arg-type]
+    assert (solved["b"].action, solved["b"].bits, solved["a"].bits) == (action, bits, others)
+    # In the same graph, following it does not round what was exact either.
+    assert follow(solved, graph.rows, config) == solved
+
+
+def test_what_8_bits_do_not_make_smaller_stays_exact() -> None:
+    """One bit would, but nobody knows what that does to the gradient."""
+    graph = probed({"a": 1.0})
+    tiny = row(key="tiny", numel=64)
+    config = Config(bits=1, auto=True, min_numel=0)
+    rows = [*graph.rows, tiny]
+    meanwhile = make_plan(rows, replace(config, bits=8))
+    assert meanwhile["tiny"].action is Action.KEEP
+    assert make_plan([tiny], config)["tiny"].action is Action.QUANTIZE
+    (plan,) = solve([replace(graph, rows=rows, plan=meanwhile)], config)
+    assert (plan["tiny"].action, plan["a"].bits) == (Action.KEEP, 1)
+    assert "its sensitivity is not known" in plan["tiny"].reason
+
+
+# A row that is just worth a transfer, and one that is not.
+LARGE, SMALL = row(key="large", numel=2**18), row(key="small", numel=2**17)
+
+
+def test_offloaded_bytes_are_the_hosts() -> None:
+    plan = make_plan([LARGE, SMALL], Config(offload=True))
+    codes = 2**17 + 2**10 * 6
+    assert (stored_nbytes(LARGE, plan["large"]), host_nbytes(LARGE, plan["large"])) == (0, codes)
+    assert (stored_nbytes(SMALL, plan["small"]), host_nbytes(SMALL, plan["small"])) == (codes // 2, 0)
+    assert plan["large"].bits == plan["small"].bits == 4
+    assert plan["large"].reason == "uniform bits; in the host's memory meanwhile"
+
+
+# row, settings -> whether it is moved
+MOVED = [
+    (LARGE, {}, False),
+    (LARGE, {"offload": True}, True),
+    (LARGE, {"offload": True, "bits": 1}, True),
+    (LARGE, {"level": "swap"}, True),
+    (row(numel=OFFLOAD_MIN_NBYTES // 4), {"level": "swap"}, True),
+    (row(numel=OFFLOAD_MIN_NBYTES // 4 - 1), {"level": "swap"}, False),
+    (replace(LARGE, movable=False, obstacle="the input is there anyway"), {"offload": True}, False),
+    (replace(LARGE, obstacle="it holds the huge constants of a mask"), {"offload": True}, True),
+    (row(dtype=torch.bool, numel=2**20), {"offload": True}, True),
+    (row(dtype=torch.int64, numel=2**17, index_range=9), {"offload": True}, True),
+    (LARGE, {"level": "L3"}, False),
+]
+
+
+@pytest.mark.parametrize(("one", "settings", "moved"), MOVED)
+def test_what_is_offloaded(one: SavedTensor, settings: dict[str, object], moved: bool) -> None:
+    """Nothing is while a graph waits to be probed, as it does with L3."""
+    assert decide(one, **settings).offload == moved
+
+
+@pytest.mark.parametrize("auto", [False, True])
+def test_as_much_is_offloaded_as_the_budget_asks(auto: bool) -> None:
+    graph = probed({"a": 1.0, "b": 1e-3, "c": 1e-6, "d": 1e-2}, numel=2**20)
+
+    def plan_for(budget: int) -> Plan:
+        config = Config(memory=budget, offload=True, auto=auto)
+        return solve([graph], config, budget)[0] if auto else make_plan(graph.rows, config, budget)
+
+    each = 2**19 + 2**12 * 6
+    moved = []
+    for budget in (4 * each, 4 * each - 1, 2 * each, each, 1):
+        plan = plan_for(budget)
+        assert total_nbytes(graph, plan) <= budget
+        codes = sum(stored_nbytes(row, plan[row.key]) + host_nbytes(row, plan[row.key]) for row in graph.rows)
+        assert 3.5 * each < codes <= 4 * each
+        moved.append(sum(decision.offload for decision in plan.values()))
+    assert moved[0] == 0 and moved[-1] == 4 and moved == sorted(moved)
+    assert not any(decision.offload for decision in plan_for(10 * each).values())
+    assert max(decision.bits or 32 for decision in plan_for(10 * each).values()) > 4
+
+
+def test_the_largest_are_offloaded_first() -> None:
+    rows = [row(key=str(i), numel=2**20 * size) for i, size in enumerate((2, 1, 4, 3))]
+    whole = sum(stored_nbytes(one, decide(one)) for one in rows)
+    plan = make_plan(rows, Config(memory=whole // 2, offload=True, auto=False), whole // 2)
+    assert [key for key in plan if plan[key].offload] == ["2", "3"]
+
+
+def test_fewer_bits_where_offloading_is_not_enough() -> None:
+    """What is too small to move is rounded further."""
+    rows = [LARGE, SMALL]
+    budget = stored_nbytes(SMALL, decide(SMALL, bits=2))
+    known = Sensitivity({bits: 1.0 / (2**bits - 1) ** 2 for bits in CODE_BITS}, "probed")
+    graph = ProbedGraph(rows, Profile({"large": known, "small": known}, 1.0))
+    config = Config(memory=budget, offload=True)
+    for plan in (make_plan(rows, replace(config, auto=False), budget), *solve([graph], config, budget)):
+        assert (plan["large"].offload, plan["small"].offload, plan["small"].bits) == (True, False, 2)
+
+
+def test_the_least_that_must_stay_on_the_device_is_named() -> None:
+    rows = [LARGE, SMALL]
+    least = stored_nbytes(SMALL, decide(SMALL, bits=1))
+    known = dict.fromkeys(("large", "small"), Sensitivity(dict.fromkeys(CODE_BITS, 1.0), "probed"))
+    for auto in (False, True):
+        config = Config(memory=least - 1, offload=True, auto=auto)
+        with pytest.raises(
+            ConfigError, match=rf"on the device, where tensors below 1 MiB stay, {least} bytes"
+        ) as found:
+            if auto:
+                solve([ProbedGraph(rows, Profile(known, 1.0))], config, least - 1)
+            make_plan(rows, config, least - 1)
+        assert "set offload" not in str(found.value)
+    for config in (Config(memory=10), Config(memory=10, auto=False)):
+        with pytest.raises(ConfigError, match="set offload=True, set recompute='full', or make the batch smaller"):
+            make_plan([LARGE], config, 10)
+
+
+def test_a_lossless_level_stays_lossless_within_a_budget() -> None:
+    config = Config(level="L0", memory=100)
+    assert make_plan([LARGE], config, LARGE.nbytes)["large"].action is Action.KEEP
+    with pytest.raises(ConfigError, match=f"what is saved without loss, {LARGE.nbytes} bytes"):
+        make_plan([LARGE], config, 100)
+    (decision,) = make_plan([LARGE], Config(level="swap", memory=100), 100).values()
+    assert (decision.action, decision.offload) == (Action.KEEP, True)
+
+
+def test_noise_and_mean_bits_are_reached_before_everything_is_offloaded() -> None:
+    graph = probed({"a": 1.0, "b": 1e-3}, numel=2**22)
+    for settings in ({"noise": 1e-3}, {"bits": 3, "auto": True}):
+        (plain,) = solve([graph], Config(**settings))  # type: ignore[arg-type]
+        (moved,) = solve([graph], Config(**settings, offload=True))  # type: ignore[arg-type]
+        assert [plain[key].bits for key in plain] == [moved[key].bits for key in moved]
+        assert all(decision.offload for decision in moved.values()) and total_nbytes(graph, moved) == 0
+
+
+def test_two_thousand_tensors_are_planned_in_less_than_half_a_second() -> None:
+    """The budget asks for about half of them to be moved."""
+    graph = probed({str(i): 10.0 ** -(i % 7) for i in range(2000)}, numel=2**20)
+    budget = 1000 * 2**19
+    start = time.process_time()
+    (plan,) = solve([graph], Config(memory=budget, offload=True), budget)
+    assert time.process_time() - start < 0.5
+    assert total_nbytes(graph, plan) <= budget
+    assert 500 < sum(decision.offload for decision in plan.values()) < 1500
+
+
+def test_offloading_with_overrides_keeps_the_mean_of_the_others() -> None:
+    graph = overridden({"a": 1.0, "b": 1.0, "c": 1.0})
+    graph = replace(graph, rows=[replace(one, numel=2**20, nbytes=2**22) for one in graph.rows])
+    config = Config(memory=1000, offload=True, overrides={"c": 8})
+    (plan,) = solve([graph], config, 1000)
+    assert [(plan[key].bits, plan[key].offload) for key in "abc"] == [(4, True), (4, True), (8, True)]
+    assert plan.otherwise is not None and not plan.otherwise.offload
+
+
+def again(key: str, flops: int, *sources: str, numel: int = 2**18, **changes: object) -> SavedTensor:
+    return row(key=key, numel=numel, recomputation=Recomputation(flops, sources), **changes)
+
+
+# Each could be computed from the one before it, at 1, 2 and 4 operations per element.
+CHAIN = [
+    row(key="x", numel=2**18),
+    again("cheap", 2**18, "x"),
+    again("middle", 2**19, "cheap"),
+    again("dear", 2**20, "middle"),
+]
+
+
+def recomputed(plan: Plan) -> list[str]:
+    return [key for key in plan if plan[key].action is Action.RECOMPUTE]
+
+
+def test_nothing_is_recomputed_while_4_bits_fit() -> None:
+    whole = sum(stored_nbytes(one, decide(one)) for one in CHAIN)
+    for budget in (None, whole):
+        config = Config(memory=budget, recompute="full", auto=False)
+        assert recomputed(make_plan(CHAIN, config, budget)) == []
+    assert recomputed(make_plan(CHAIN, Config(memory=whole - 1, auto=False), whole - 1)) == []
+
+
+def test_what_is_cheapest_per_byte_is_recomputed_and_what_it_reads_is_stored() -> None:
+    each = stored_nbytes(CHAIN[0], decide(CHAIN[0]))
+    coarse = stored_nbytes(CHAIN[0], decide(CHAIN[0], bits=2))
+    cases = ((4 * each - 1, ["cheap"], 4), (2 * each, ["cheap", "dear"], 4), (2 * coarse, ["cheap", "dear"], 2))
+    for budget, expected, bits in cases:
+        plan = make_plan(CHAIN, Config(memory=budget, recompute="full", auto=False), budget)
+        assert sum(stored_nbytes(one, plan[one.key]) for one in CHAIN) <= budget
+        assert recomputed(plan) == expected
+        assert {decision.bits for decision in plan.values()} == {None, bits}
+
+
+def test_of_equal_costs_the_largest_is_recomputed() -> None:
+    rows = [CHAIN[0], again("small", 2**18, "x"), again("large", 2**20, "x", numel=2**20)]
+    budget = sum(stored_nbytes(one, decide(one)) for one in rows) - 1
+    assert recomputed(make_plan(rows, Config(memory=budget, recompute="full", auto=False), budget)) == ["large"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings"),
+    [
+        ({"obstacle": "it is a statistic"}, {}),
+        ({"module": "head"}, {"skip": ("head",)}),
+        ({"module": "head"}, {"overrides": {"head": 8}}),
+        ({"role": Role.BOUNDARY}, {}),
+        ({"dtype": torch.bool}, {}),
+        ({"recomputation": None}, {}),
+        ({}, {"offload": True}),
+        ({}, {"recompute": "cheap"}),
+    ],
+)
+def test_what_is_not_recomputed(changes: dict[str, object], settings: dict[str, object]) -> None:
+    rows = [CHAIN[0], replace(again("y", 1, "x"), **changes)]  # type: ignore[arg-type]
+    budget = sum(stored_nbytes(one, decide(one, **settings)) for one in rows) - 1
+    config = Config(**{"memory": max(1, budget), "recompute": "full", "auto": False, **settings})  # type: ignore[arg-type]
+    assert recomputed(make_plan(rows, config, max(1, budget))) == []
+
+
+def test_a_lossless_level_recomputes() -> None:
+    budget = 2 * CHAIN[0].nbytes
+    plan = make_plan(CHAIN, Config(level="L0", memory=budget, recompute="full"), budget)
+    assert recomputed(plan) == ["cheap", "dear"] and plan["x"].action is Action.KEEP
+
+
+def test_what_was_recomputed_while_probing_stays_so() -> None:
+    graph = probed({"a": 1.0, "b": 1e-3, "c": 1e-6})
+    config = Config(memory=30_000, recompute="full")
+    (plan,) = solve([replace(graph, plan=Plan({"a": RECOMPUTED}))], config, 30_000)
+    assert recomputed(plan) == ["a"]
+    assert total_nbytes(graph, plan) <= 30_000
+    least = 2 * (2**16 // 8 + 2**16 // 256 * 6)
+    with pytest.raises(ConfigError, match=f" {least} bytes") as found:
+        solve([replace(graph, plan=Plan({"a": RECOMPUTED}))], config, least - 1)
+    assert "recompute=" not in str(found.value)

@@ -187,6 +187,21 @@ def test_memory_holds_at_other_sizes() -> None:
     assert counted(large) <= 0.1 * large.baseline_nbytes
 
 
+def test_memory_holds_at_other_sizes_beside_the_hosts() -> None:
+    """At the first size all codes are the host's: their share of the device's bytes is not nothing."""
+    first, second = probed_steps(layers(), (4096, 4096, 1024, 1024, 6144), memory=2000, offload=True, min_numel=4096)[
+        :2
+    ]
+    for record in (first, second):
+        assert counted(record) <= 2000
+        assert any(decision.offload for decision in record.plan.values())
+
+
+def test_memory_of_a_model_that_saves_nothing_at_other_sizes() -> None:
+    for record in probed_steps(nn.Linear(64, 8), (4, 4, 64, 64), memory=0.5):
+        assert counted(record) == 0
+
+
 def test_graphs_keep_their_shares_of_the_memory() -> None:
     first, second = layers(), nn.Sequential(nn.Linear(8, 64), nn.Sigmoid(), nn.Linear(64, 4))
 

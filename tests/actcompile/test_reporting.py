@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import actcompile
+from actcompile._gpt import GPT
 from actcompile.reporting import Report, ReportRow, fold_layers
 
 from ..models import Task, bert, gpt, resnet
@@ -73,6 +74,18 @@ def test_total_is_what_crosses_under_inductor(make: Callable[[], Task]) -> None:
     assert actcompile.report(task.model).saved_nbytes == passed_nbytes(loss, task) > 0
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_checkpointed_models_with_random_operators(dropout: float) -> None:
+    """Attention draws random numbers, or may; the partitioner keeps the generator's state for the backward."""
+    model = GPT(layers=2, width=64, vocabulary=64, tokens=32, dropout=dropout, checkpointed=True)
+    tokens = torch.randint(64, (4, 32))
+    torch.compile(model, backend="act", options={"lowering": "eager"})(tokens, tokens).backward()
+    report = actcompile.report(model)
+    plain = GPT(layers=2, width=64, vocabulary=64, tokens=32, dropout=dropout)
+    torch.compile(plain, backend="act", options={"lowering": "eager"})(tokens, tokens).backward()
+    assert report.saved_nbytes < report.baseline_nbytes < 0.5 * actcompile.report(plain).baseline_nbytes
+
+
 def test_baseline_is_what_torch_compile_saves() -> None:
     """The bytes that a backend without compression hands to autograd."""
     task = gpt(0.1)
@@ -132,6 +145,23 @@ def test_parameters_and_inputs_do_not_count() -> None:
     rows = (ROW, replace(ROW, role="parameter"), replace(ROW, role="input"), replace(ROW, role="boundary"))
     assert Report(rows, 4 * 4288).saved_nbytes == 2 * 4288
     assert Report(rows, 4 * 4288).ratio == 2.0
+
+
+def test_offloaded_bytes_are_told_apart() -> None:
+    moved = replace(ROW, module="blocks.1.fc", stored_nbytes=0, host_nbytes=4288)
+    report = Report((ROW, moved), 4 * 4288)
+    assert (report.saved_nbytes, report.host_nbytes, report.ratio) == (4288, 4288, 4.0)
+    lines = [line for line in str(report).splitlines() if "gelu" in line]
+    assert ["quantize, offload" in line for line in lines] == [False, True]
+    assert "and in the host's memory 0.00 MiB" in str(report) and "host" not in str(Report((ROW,), 4288))
+    document = json.loads(report.to_json())
+    assert document["host_nbytes"] == 4288 and [row["host_nbytes"] for row in document["rows"]] == [0, 4288]
+
+
+def test_nothing_left_on_the_device() -> None:
+    report = Report((replace(ROW, stored_nbytes=0, host_nbytes=4288),), 32768)
+    assert report.ratio == float("inf") and "inf" in str(report)
+    assert json.loads(report.to_json())["ratio"] is None
 
 
 def test_nothing_compiled_yet() -> None:

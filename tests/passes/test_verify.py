@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from actcompile.passes import PassError, run_passes
-from actcompile.passes._fx import GraphPair, call
+from actcompile.passes._fx import GraphPair, call, unpack_call
 from actcompile.passes.insert_codecs import insert_codecs
+from actcompile.passes.offload import offload_stored
 from actcompile.passes.verify import verify
 from actcompile.plan import Action, Decision, Plan
 
@@ -52,12 +53,37 @@ def decode_in_the_forward(pair: GraphPair) -> None:
         call(graph, torch.ops.actcompile.unpack_bool.default, codes, [16, 8])
 
 
+def reload_in_the_forward(pair: GraphPair) -> None:
+    graph = pair.forward.graph
+    source = graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)[0]
+    with graph.inserting_after(source):
+        hosts = call(graph, torch.ops.actcompile.offload.default, [source])
+    (host,) = unpack_call(graph, hosts)
+    with graph.inserting_after(host):
+        call(graph, torch.ops.actcompile.reload.default, [host], torch.device("cpu"), None, [])
+
+
+def reload_what_is_on_the_device(pair: GraphPair) -> None:
+    graph = pair.backward.graph
+    with graph.inserting_before(next(node for node in graph.nodes if node.op == "call_function")):
+        call(graph, torch.ops.actcompile.reload.default, pair.slots[0].placeholders, torch.device("cpu"), None, [])
+
+
+def forget_a_ticket(pair: GraphPair) -> None:
+    offload_stored(pair, Plan({slot.key: Decision(Action.KEEP, "test", offload=True) for slot in pair.slots}))
+    _, second = pair.backward.graph.find_nodes(op="call_function", target=torch.ops.actcompile.reload.default)
+    second.update_arg(2, None)
+
+
 BREAKS = [
     (drop_an_output, "the forward's outputs are not what the slots say"),
     (swap_placeholders, "the backward's placeholders are not what the slots say"),
     (change_dtype, "is sent, torch.float64 expected"),
     (change_shape, "expected"),
     (decode_in_the_forward, "the forward decodes nothing"),
+    (reload_in_the_forward, "the forward decodes nothing"),
+    (reload_what_is_on_the_device, "reads what no offload sent"),
+    (forget_a_ticket, "follows None, not the reload before it"),
 ]
 
 

@@ -1,0 +1,143 @@
+"""What may be stored for one saved tensor, in how many bytes, and with what noise. Pure."""
+
+import math
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+import torch
+
+from .config import CODE_BITS, EXACT_BITS, Config
+from .plan import Action, Decision, Profile, Role, SavedTensor
+from .triton_kernels.pack_bool import packed_nbytes
+from .triton_kernels.quantize import quantized_nbytes
+
+# Integer types from the narrowest, with the number of non-negative values each holds.
+_NARROW_TYPES = ((torch.uint8, 2**8), (torch.int16, 2**15), (torch.int32, 2**31))
+
+# Smaller tensors stay on the device: starting a transfer takes about 10 us, in which 25 GB/s move a quarter of this,
+# about what codes take.
+OFFLOAD_MIN_NBYTES = 2**20
+
+NO_FEWER_BYTES = Decision(Action.KEEP, "codes would take no fewer bytes", by_size=True)
+UNKNOWN_NOISE = Decision(Action.KEEP, "its sensitivity is not known: it was not rounded while the graph was probed")
+RECOMPUTED = Decision(Action.RECOMPUTE, "computed again in the backward: there is no room for it")
+
+
+def stored_nbytes(row: SavedTensor, decision: Decision) -> int:
+    """Bytes of the device's memory that ``decision`` stores for ``row``, metadata included."""
+    return 0 if decision.offload else encoded_nbytes(row, decision)
+
+
+def host_nbytes(row: SavedTensor, decision: Decision) -> int:
+    """Bytes of the host's memory that ``decision`` stores for ``row``, metadata included."""
+    return encoded_nbytes(row, decision) if decision.offload else 0
+
+
+def encoded_nbytes(row: SavedTensor, decision: Decision) -> int:
+    """Bytes that ``decision`` stores for ``row``, wherever, metadata included."""
+    match decision.action:
+        case Action.KEEP:
+            return row.nbytes
+        case Action.PACK:
+            return packed_nbytes(row.numel)
+        case Action.NARROW:
+            assert decision.dtype is not None
+            return row.numel * decision.dtype.itemsize
+        case Action.QUANTIZE:
+            assert decision.bits is not None and decision.group_size is not None
+            return quantized_nbytes(row.numel, decision.bits, decision.group_size, row.dtype)
+        case Action.RECOMPUTE:
+            return 0
+
+
+def nbytes_at(row: SavedTensor, bits: float, group_size: int) -> float:
+    """Bytes of codes of ``bits``, which may lie between two widths, with scales and zeros."""
+    without = quantized_nbytes(row.numel, 0, group_size, row.dtype)
+    return without + (quantized_nbytes(row.numel, 8, group_size, row.dtype) - without) * bits / 8
+
+
+def noise_of(row: SavedTensor, decision: Decision, profile: Profile) -> float:
+    """The variance that a decision adds to the gradient; infinite where the sensitivity of ``row`` is not known."""
+    if decision.bits is None:
+        return 0.0
+    known = profile.sensitivities.get(row.key)
+    return math.inf if known is None else known.variance[decision.bits]
+
+
+def decide(row: SavedTensor, config: Config, bits: int | None) -> Decision:
+    """The decision for one row: lossless steps, and codes of ``bits`` where these help; what settings say for its
+    module wins.
+    """
+    obstacle = row.obstacle or setting_against(row, config)
+    if obstacle:
+        return Decision(Action.KEEP, obstacle)
+    if row.numel < config.smallest_numel:
+        return Decision(Action.KEEP, f"it has fewer than {config.smallest_numel} elements (min_numel)", by_size=True)
+    if row.dtype == torch.bool:
+        return Decision(Action.PACK, "a mask needs one bit per element")
+    if not row.dtype.is_floating_point:
+        return _narrow(row)
+    reason = "uniform bits until the first backward is probed" if config.automatic else "uniform bits"
+    override = find_override(row, config)
+    if override is not None:
+        pattern, bits = override
+        reason = f"its module matches {pattern!r} (overrides)"
+        if bits == EXACT_BITS:
+            return Decision(Action.KEEP, reason)
+    if bits is None:
+        return Decision(Action.KEEP, "the settings are lossless")
+    decision = Decision(Action.QUANTIZE, reason + _caution(row), bits=bits, group_size=config.group_size)
+    return decision if encoded_nbytes(row, decision) < row.nbytes else NO_FEWER_BYTES
+
+
+def find_override(row: SavedTensor, config: Config) -> tuple[str, int] | None:
+    """The pattern and bits that ``config.overrides`` sets for the module of ``row``."""
+    return next((pair for pair in config.override_pairs if fnmatchcase(row.module, pair[0])), None)
+
+
+def setting_against(row: SavedTensor, config: Config) -> str:
+    """Why settings keep the tensors of this module exact, or an empty string."""
+    for pattern in config.skip:
+        if fnmatchcase(row.module, pattern):
+            return f"its module matches {pattern!r} (skip)"
+    return ""
+
+
+def ways_to_store(row: SavedTensor, config: Config) -> list[Decision]:
+    """What may be stored for a row that can be quantized, from the fewest bytes."""
+    reason = "least noise at these bytes" + _caution(row)
+    ways = [Decision(Action.QUANTIZE, reason, bits=bits, group_size=config.group_size) for bits in CODE_BITS]
+    smaller = [way for way in ways if stored_nbytes(row, way) < row.nbytes]
+    return [*smaller, Decision(Action.KEEP, "exact is worth its bytes")]
+
+
+def may_recompute(row: SavedTensor, config: Config) -> bool:
+    """Whether the backward may compute ``row`` again, from tensors that may be noisy."""
+    if row.recomputation is None or row.role is not Role.ACTIVATION or not row.dtype.is_floating_point:
+        return False
+    if row.obstacle or row.numel < config.smallest_numel:
+        return False
+    return not setting_against(row, config) and find_override(row, config) is None
+
+
+def may_offload(row: SavedTensor) -> bool:
+    """Whether moving ``row`` to the host frees enough of the device's memory to be worth a transfer."""
+    return row.movable and row.nbytes >= OFFLOAD_MIN_NBYTES
+
+
+def offloaded(decision: Decision) -> Decision:
+    """``decision``, with what it stores in the host's memory."""
+    return replace(decision, offload=True, reason=f"{decision.reason}; in the host's memory meanwhile")
+
+
+def _caution(row: SavedTensor) -> str:
+    return "; memory falls once the caller drops the tensor" if row.role is Role.BOUNDARY else ""
+
+
+def _narrow(row: SavedTensor) -> Decision:
+    if row.index_range is None:
+        return Decision(Action.KEEP, "the range of its integers is not known")
+    for dtype, num_values in _NARROW_TYPES:
+        if row.index_range <= num_values and dtype.itemsize < row.dtype.itemsize:
+            return Decision(Action.NARROW, f"its integers lie below {row.index_range}", dtype=dtype)
+    return Decision(Action.KEEP, "its integers need their width", by_size=True)
