@@ -18,6 +18,7 @@ from .config import Config
 from .errors import ConfigError
 from .plan import Plan
 from .rng import get_rng_state, set_rng_state
+from .solving import solved_plan
 
 
 def profile_call(
@@ -50,7 +51,7 @@ def profile_call(
         output = isolated_compile(fresh(model), functools.partial(act, options=options))(*args, **kwargs)
         # Unlike backward(), this leaves every .grad alone.
         torch.autograd.grad(_scalar(output, loss), parameters, allow_unused=True)
-        plans = [records.solved_plan(record, "profile") for record in made if record.profile is not None]
+        plans = [solved_plan(record, "profile") for record in made if record.profile is not None]
     return functools.reduce(Plan.merged, plans, Plan())
 
 

@@ -5,12 +5,13 @@ without decoding the other samples where its layout allows.
 
 Where samples meet, as in batch normalization, the others are taken for copies of these: sums over the batch are
 multiplied by the number of parts. Their derivative, that is: what reads them again is given their values for all
-samples.
+samples. And that by what was saved alone: sums of gradients take their share of them away, which for all samples makes
+the rest smaller, but for a few may make it larger, from layer to layer.
 """
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from ._batch import sizes_position
-from .passes._fx import GraphPair, hint, is_tensor
+from .passes._fx import GraphPair, hint, is_tensor, tangent_dependent
 from .passes._naming import operator_name
 from .triton_kernels._layout import from_storage_order, storage_permutation
 from .triton_kernels.pack_bool import unpack_range
@@ -76,6 +77,8 @@ def slice_backward(pair: GraphPair, size: int, dims: Mapping[str, int], count: i
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(pair.backward.graph, copies))
     meetings, read_again = {}, _read_by_samples(pair.backward.graph, dims)
+    dependent = tangent_dependent(pair.backward.graph)
+    copied = {copies[node] for node in dependent if node in copies}
     for node, copy in list(copies.items()):
         if _sums_over_batch(node, dims):
             with graph.inserting_after(copy):
@@ -84,6 +87,7 @@ def slice_backward(pair: GraphPair, size: int, dims: Mapping[str, int], count: i
             copy.replace_all_uses_with(whole, lambda user, whole=whole: user is not whole)  # type: ignore[misc]
             if node in read_again:
                 meetings[whole] = node.name
+                _hold_gradients(copy, [copies[n] for n in node.all_input_nodes if n in dependent], copied)
         if node.name not in dims or not is_tensor(node):
             continue
         shape = [hint(length) for length in node.meta["val"].shape]
@@ -105,6 +109,26 @@ def _sums_over_batch(node: fx.Node, dims: Mapping[str, int]) -> bool:
         and operator_name(producer) not in _SAME_FOR_COPIES
         and any(source.name in dims for source in producer.all_input_nodes)
     )
+
+
+def _hold_gradients(total: fx.Node, operands: Sequence[fx.Node], dependent: Container[fx.Node]) -> None:
+    """Lets the derivative of ``total`` pass through what is not ``dependent`` on gradients alone."""
+    graph = total.graph
+    for operand in operands:
+        held = {source for source in operand.all_input_nodes if source in dependent}
+        with graph.inserting_before(total):
+            if held and set(operand.all_input_nodes) - held:
+                fixed = {source: _detached(graph, source) for source in held}
+                new = graph.node_copy(operand, lambda node, fixed=fixed: fixed.get(node, node))  # type: ignore[misc]
+            else:
+                new = _detached(graph, operand)
+        total.replace_input_with(operand, new)
+
+
+def _detached(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    result = graph.call_function(torch.ops.aten.detach.default, (node,))
+    result.meta["val"] = node.meta["val"]
+    return result
 
 
 def _read_by_samples(graph: fx.Graph, dims: Mapping[str, int]) -> set[fx.Node]:

@@ -51,6 +51,7 @@ from .plan import Plan, Role
 from .planner import make_plan
 from .rng import next_seed
 from .sensitivity import Probe
+from .solving import found_plan, solved_again
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def compile_graph(
         values = traced_inputs(seeded, [*inputs, fake_seed])
         return compile_pair(copied(seeded), values, partitioner=partitioner, interpret=interpret, settings=settings)
 
-    compiled = ProbedFirst(record, compile_with, interpret) if config.automatic else compile_with(None, interpret)
+    compiled = Probed(record, compile_with, interpret) if config.automatic else compile_with(None, interpret)
 
     def run(*args: Any) -> Any:
         record.see_parameters(args)
@@ -132,11 +133,12 @@ def compile_graph(
     return run
 
 
-class ProbedFirst:
-    """A graph that is interpreted until its first backward was probed, and then compiled, once, with the plan solved.
+class Probed:
+    """A graph that is interpreted until its first backward was probed, and then compiled with the plan solved.
 
     Forwards before that backward, of validation too, are interpreted as well. Where the same code was probed at other
-    sizes, its plan is there at the first call, and nothing is interpreted.
+    sizes, its plan is there at the first call, and nothing is interpreted. With ``profile_every`` the interpreted graph
+    takes its turn again, and the code stays as it is unless another plan is worth compiling it again.
     """
 
     def __init__(
@@ -145,19 +147,42 @@ class ProbedFirst:
         compile_with: Callable[[Plan | None, Interpret | None], Callable[..., Any]],
         interpret: Interpret | None,
     ) -> None:
-        record.probe = Probe(record.roles)
+        self._probe = record.probe = Probe(record.roles)
         self._record = record
         self._reenter = reentrant_tracing()
-        self._current = compile_with(None, record.probe.interpret)
-        self._compile: Callable[[Plan], Callable[..., Any]] | None = lambda plan: compile_with(plan, interpret)
+        self._interpreted = compile_with(None, self._probe.interpret)
+        self._compile: Callable[[Plan], Callable[..., Any]] = lambda plan: compile_with(plan, interpret)
+        self._compiled: Callable[..., Any] | None = None
+        self._plan = Plan()
+        self._is_probing = True
+        self._num_steps = 0
 
     def __call__(self, *args: Any) -> Any:
-        plan = None if self._compile is None else records.found_plan(self._record)
-        if self._compile is not None and plan is not None:
+        if self._is_probing:
+            self._finish_probing()
+        elif self._num_steps == self._record.config.profile_every:
+            self._probe.arm()
+            self._is_probing = True
+        if self._compiled is None or self._is_probing:
+            return self._interpreted(*args)
+        self._num_steps += 1
+        return self._compiled(*args)
+
+    def _finish_probing(self) -> None:
+        """Once a backward was probed, compiles the plan that this leads to, unless it is there already."""
+        if self._compiled is None:
+            plan = found_plan(self._record)
+            if plan is None:
+                return
+        elif self._probe.is_armed:
+            return
+        else:
+            plan = solved_again(self._record, self._plan, self._num_steps)
+        if plan is not None:
             with self._reenter():
-                self._current = self._compile(plan)
-            self._compile = None
-        return self._current(*args)
+                self._compiled = self._compile(plan)
+            self._plan = plan
+        self._is_probing, self._num_steps = False, 0
 
 
 class Partitioner(CustomPartitionerFn):  # type: ignore[misc]

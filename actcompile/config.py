@@ -36,7 +36,6 @@ LOWERINGS = ("inductor", "eager")
 # Fields that are part of the interface but that this release does not act on: field -> what to use instead.
 _NOT_YET: Mapping[str, str] = {
     "sparsity": "set bits",
-    "profile_every": "leave it out",
 }
 
 
@@ -66,7 +65,8 @@ class Config:
         overrides: Module-name pattern -> code bits of its tensors, 1, 2, 3, 4, 6 or 8, or 32 for exact, whatever the
             target or a plan says; the first pattern that matches counts. Kept as pairs.
         seed: Of the rounding noise; the default is torch.initial_seed().
-        profile_every: Steps between two sensitivity profiles. Not available in this release.
+        profile_every: Training steps between two probes, each an interpreted step. Bits change, and graphs are compiled
+            again, where that is worth it; noise above its target raises them. Default: one probe.
         plan: A Plan, or the path of a saved one, that is followed as it is.
         level: One of GACT's names ("L0", "L1", "L1.1", "L1.2", ...); fields given beside it win.
         lowering: "inductor" compiles the graphs; "eager" interprets the same graphs, for tests and debugging.

@@ -19,7 +19,7 @@ from .errors import ConfigError
 from .overflow import counted_nbytes, with_offloaded, with_recomputed
 from .plan import Action, Decision, Plan, Profile, SavedTensor
 
-__all__ = ["ProbedGraph", "counted_nbytes", "host_nbytes", "make_plan", "solve", "stored_nbytes"]
+__all__ = ["ProbedGraph", "counted_nbytes", "host_nbytes", "make_plan", "predicted_noise", "solve", "stored_nbytes"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,11 @@ def solve(graphs: Sequence[ProbedGraph], config: Config, budget_nbytes: float | 
         if nbytes <= budget_nbytes:
             return plans
     raise _infeasible(config, nbytes)
+
+
+def predicted_noise(rows: Sequence[SavedTensor], plan: Plan, profile: Profile) -> float:
+    """The variance that ``plan`` adds to the gradient, as far as sensitivities are known."""
+    return sum(noise_of(row, plan[row.key], profile) for row in rows if row.key in profile.sensitivities)
 
 
 @dataclass(frozen=True)

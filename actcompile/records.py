@@ -1,6 +1,5 @@
 """What is remembered about the graphs of this process, for reports."""
 
-import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,14 +10,10 @@ import torch
 
 from ._torch import current_frame, is_fake
 from .config import Config, parse_nbytes
-from .distributed import num_ranks, plan_of_rank_0
-from .following import follow
 from .memory import CompiledStep, SymbolicTimeline, Timeline, step_timeline
 from .plan import Plan, Profile, Role, SavedTensor
-from .planner import ProbedGraph, counted_nbytes, host_nbytes, solve, stored_nbytes
+from .planner import counted_nbytes, stored_nbytes
 from .sensitivity import Probe
-
-log = logging.getLogger(__name__)
 
 _records: list["GraphRecord"] = []
 
@@ -51,7 +46,7 @@ class GraphRecord:
 
     @property
     def profile(self) -> Profile | None:
-        """What probing found, once it has."""
+        """What the last probe found, once there was one."""
         return None if self.probe is None else self.probe.profile
 
     @property
@@ -72,7 +67,7 @@ class GraphRecord:
         self.plan = plan if plan.graphs else replace(plan, graphs=(self.sites,))
         self.timeline = step_timeline(pair.forward.graph, pair.backward.graph)
         self.step = CompiledStep(pair, self._settings)
-        if self.probe is not None and self.probe.profile is None:
+        if self.probe is not None:
             stored = sum(stored_nbytes(row, plan[row.key]) for row in rows if row.role is Role.ACTIVATION)
             self.probe.see(pair, self.timeline.peak_nbytes - stored)
 
@@ -119,86 +114,16 @@ class GraphRecord:
         )
 
 
-def found_plan(record: GraphRecord) -> Plan | None:
-    """The plan of a graph as soon as it is known: from its own probe, or from that of the same code at other sizes.
-
-    Raises:
-        ConfigError: When no plan reaches the target.
-        CompileError: When rank 0's plan does not arrive.
-    """
-    earlier = next((other for other in reversed(_records) if _serves(other, record)), None)
-    if earlier is None:
-        return None
-    plan = solved_plan(earlier)
-    if earlier is record:
-        return plan
-    followed = follow(plan, record.rows, record.config)
-    budget = _budget_again(record, earlier)
-    if budget is None or counted_nbytes(record.rows, followed) <= budget:
-        return followed
-    if num_ranks() > 1:
-        log.warning("a batch of this size takes more than memory=%r: ranks keep one plan", record.config.memory)
-        return followed
-    assert earlier.profile is not None
-    again = ProbedGraph(record.rows, earlier.profile, followed)
-    return replace(solve([again], record.config, budget)[0], graphs=plan.graphs)
-
-
-def _budget_again(record: GraphRecord, earlier: GraphRecord) -> float | None:
-    """Bytes for the graph of ``earlier`` at the sizes of ``record``: its share, whatever sizes others have by now."""
-    budget = record.budget_nbytes()
-    if budget is None:
-        return None
-    known = [(o, o.solved) for o in _records if o.config == record.config and o.solved is not None]
-    if isinstance(record.config.memory, float) and earlier.baseline_nbytes:
-        total = sum(other.budget_nbytes() or 0 for other, _ in known)
-        budget = total * record.baseline_nbytes / earlier.baseline_nbytes
-    stored = sum(_all_nbytes(other.rows, plan) for other, plan in known)
-    return budget * _all_nbytes(earlier.rows, solved_plan(earlier)) / stored if stored else budget
-
-
-def _all_nbytes(rows: Sequence[SavedTensor], plan: Plan) -> int:
-    """Bytes stored on the device and in the host's memory, where a plan may move all that a graph saves."""
-    moved = sum(host_nbytes(row, plan[row.key]) for row in rows)
-    return counted_nbytes(rows, plan) + moved
-
-
-def _serves(other: GraphRecord, record: GraphRecord) -> bool:
-    """Whether what probing ``other`` found holds for ``record``: itself, or the same code at other sizes."""
-    if other.profile is None or other.config != record.config:
-        return False
-    return other is record or (other.sites == record.sites and record.replaces(other))
-
-
-def solved_plan(record: GraphRecord, purpose: str = "train") -> Plan:
-    """The plan of a graph that was probed, solved once; with several ranks it is what rank 0 found for ``purpose``.
-
-    Raises:
-        ConfigError: When no plan reaches the target.
-        CompileError: When rank 0's plan does not arrive.
-    """
-    if record.solved is None:
-        plan = plan_of_rank_0(purpose, record.sites, record.config, lambda: _solve(record))
-        record.solved = follow(plan, record.rows, record.config)
-    return record.solved
-
-
-def _solve(record: GraphRecord) -> Plan:
-    """The plan of a probed graph, solved together with those of the other graphs with the same settings."""
-    together = [other for other in _records if other.config == record.config and other.profile is not None]
-    graphs = [ProbedGraph(other.rows, other.profile, other.plan) for other in together if other.profile is not None]
-    # A share of each graph, or one number of bytes for all of them.
-    budgets = [other.budget_nbytes() for other in together]
-    budget = sum(filter(None, budgets)) if isinstance(record.config.memory, float) else budgets[0]
-    plan = solve(graphs, record.config, budget)[together.index(record)]
-    return replace(plan, graphs=(record.sites,))
-
-
 def add(config: Config, roles: Sequence[Role], sites: tuple[str, ...], settings: Mapping[str, Any]) -> GraphRecord:
     """A new record, kept until ``clear``; ``settings`` are Inductor's."""
     record = GraphRecord(config, roles, sites, settings)
     _records.append(record)
     return record
+
+
+def of_settings(config: Config) -> list[GraphRecord]:
+    """Records of graphs with these settings, oldest first."""
+    return [record for record in _records if record.config == config]
 
 
 def finished() -> list[GraphRecord]:

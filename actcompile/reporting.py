@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING
 import torch
 from tabulate import tabulate
 
+from .config import DEFAULT_BITS
 from .memory import Timeline, step_peak
-from .plan import Role
-from .planner import host_nbytes, stored_nbytes
+from .plan import Role, SavedTensor
+from .planner import host_nbytes, predicted_noise, stored_nbytes
 from .records import GraphRecord
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLUMNS = ("module", "op", "shape", "dtype", "saved MiB", "action", "bits", "stored MiB", "kind", "reason")
+_COLUMNS = ("module", "op", "shape", "dtype", "saved MiB", "action", "bits", "stored MiB", "kind", "noise", "reason")
 MIB = 2**20
 
 
@@ -30,8 +31,9 @@ class ReportRow:
     """One saved tensor. ``nbytes`` is its own size, ``stored_nbytes`` what is stored on the device and ``host_nbytes``
     in the host's memory, metadata included.
 
-    ``kind`` is "leaf" when an error stays in one gradient and "path" when it travels on. ``sensitivity`` and
-    ``predicted_noise`` are None as long as nothing measured them.
+    ``kind`` is "leaf" when an error stays in one gradient and "path" when it travels on. ``sensitivity`` is the
+    relative variance that rounding to 4 bits would add to the gradient of its graph, ``predicted_noise`` what its bits
+    add; both are None as long as nothing measured them. ``method`` says how that was: "probed" or "perturbed".
     """
 
     name: str
@@ -50,6 +52,7 @@ class ReportRow:
     sensitivity: float | None = None
     predicted_noise: float | None = None
     host_nbytes: int = 0
+    method: str = ""
 
     @property
     def counts(self) -> bool:
@@ -131,7 +134,8 @@ class Report:
         stored = f"stored {self.saved_nbytes / MIB:.2f} MiB"
         if self.host_nbytes:
             stored += f" and in the host's memory {self.host_nbytes / MIB:.2f} MiB"
-        return f"{stored}, torch.compile saves {self.baseline_nbytes / MIB:.2f} MiB: {self.ratio:.1f}x less"
+        noise = "" if self.predicted_noise is None else f"; predicted noise {self.predicted_noise:.1e} of the gradient"
+        return f"{stored}, torch.compile saves {self.baseline_nbytes / MIB:.2f} MiB: {self.ratio:.1f}x less{noise}"
 
     def _cells(self) -> list[list[str]]:
         return [_cell_row(rows) for rows in fold_layers([row for row in self.rows if row.counts])]
@@ -158,7 +162,7 @@ def _fold_key(row: ReportRow, pattern: str, position: int) -> tuple[object, ...]
 
 
 def _cell_row(rows: Sequence[ReportRow]) -> list[str]:
-    first, count = rows[0], len(rows)
+    first, count, noises = rows[0], len(rows), [row.predicted_noise for row in rows]
     return [
         folded_name([row.module for row in rows]) + (f" (x{count})" if count > 1 else ""),
         first.op,
@@ -169,6 +173,7 @@ def _cell_row(rows: Sequence[ReportRow]) -> list[str]:
         str(first.bits or ""),
         f"{sum(row.stored_nbytes for row in rows) / MIB:.3f}",
         first.kind,
+        "" if None in noises else f"{sum(filter(None, noises)):.1e}",
         first.reason,
     ]
 
@@ -183,32 +188,49 @@ def folded_name(modules: Sequence[str]) -> str:
 
 def make_report(records: Sequence[GraphRecord]) -> Report:
     """The report on ``records``."""
-    rows = []
-    for record in records:
-        for row in record.rows:
-            decision = record.plan[row.key]
-            rows.append(
-                ReportRow(
-                    name=row.name,
-                    op=row.op,
-                    module=row.module,
-                    source=row.source,
-                    shape=row.shape,
-                    dtype=row.dtype,
-                    nbytes=row.nbytes,
-                    action=str(decision.action),
-                    bits=decision.bits,
-                    stored_nbytes=stored_nbytes(row, decision),
-                    kind=row.kind,
-                    role=str(row.role),
-                    reason=decision.reason,
-                    host_nbytes=host_nbytes(row, decision),
-                )
-            )
+    rows = [_report_row(record, row) for record in records for row in record.rows]
     timelines = tuple(record.timeline for record in records if record.timeline is not None)
     return Report(
         tuple(rows),
         sum(record.baseline_nbytes for record in records),
         timelines,
+        _total_noise(records),
         _predictions=tuple(functools.cache(record.predicted_timeline) for record in records),
     )
+
+
+def _report_row(record: GraphRecord, row: SavedTensor) -> ReportRow:
+    decision, profile = record.plan[row.key], record.profile
+    known = None if profile is None else profile.sensitivities.get(row.key)
+    square = 0.0 if profile is None else profile.gradient_square
+    noises: tuple[float | None, float | None] = (None, None)
+    if known is not None and square:
+        noises = known.variance[DEFAULT_BITS] / square, known.variance[decision.bits] / square if decision.bits else 0.0
+    return ReportRow(
+        name=row.name,
+        op=row.op,
+        module=row.module,
+        source=row.source,
+        shape=row.shape,
+        dtype=row.dtype,
+        nbytes=row.nbytes,
+        action=str(decision.action),
+        bits=decision.bits,
+        stored_nbytes=stored_nbytes(row, decision),
+        kind=row.kind,
+        role=str(row.role),
+        reason=decision.reason,
+        sensitivity=noises[0],
+        predicted_noise=noises[1],
+        host_nbytes=host_nbytes(row, decision),
+        method="" if known is None else known.method,
+    )
+
+
+def _total_noise(records: Sequence[GraphRecord]) -> float | None:
+    """The relative variance that all plans add to the gradient; None unless every graph was probed."""
+    profiles = [record.profile for record in records if record.profile is not None]
+    square = sum(profile.gradient_square for profile in profiles)
+    if len(profiles) < len(records) or not square:
+        return None
+    return sum(predicted_noise(r.rows, r.plan, r.profile) for r in records if r.profile is not None) / square

@@ -49,6 +49,8 @@ dequantize = torch.ops.actcompile.dequantize.default
 _FUSED = 0.5
 # Share of the batch that is probed: beside the backward itself, a product takes as long as 2.6 more of its samples.
 _SHARE = 0.75
+# Mixed into the seed of the next probe.
+_NEXT = 2**31
 
 
 class Probe:
@@ -61,6 +63,7 @@ class Probe:
 
     def __init__(self, roles: Sequence[Role], seed: int = 0) -> None:
         self.profile: Profile | None = None
+        self.is_armed = True
         self._roles = roles
         self._seed = seed
         self._rounding: dict[str, Tensor] = {}
@@ -68,15 +71,21 @@ class Probe:
         self._nbytes = 0
 
     def see(self, pair: GraphPair, nbytes: int) -> None:
-        """Takes the pair that will be interpreted, and the bytes that its operators take beside what is stored."""
-        self._pair, self._nbytes = pair, nbytes
+        """Takes the pair that is interpreted, and the bytes that its operators take beside what is stored; once."""
+        if self._pair is None:
+            self._pair, self._nbytes = pair, nbytes
+
+    def arm(self) -> None:
+        """Lets the next backward be probed, with another seed than those before."""
+        self.is_armed = True
+        self._seed = mix_seed(self._seed, _NEXT)
 
     def interpret(self, graph: fx.GraphModule, is_backward: bool) -> Callable[[list[Any]], Any]:
         """What is called in place of one of the two graphs, with its arguments in a list that it empties."""
         run = self._backward if is_backward else self._forward
 
         def call(args: list[Any]) -> Any:
-            if self.profile is not None:
+            if not self.is_armed:
                 return fx.Interpreter(graph).boxed_run(args)
             return run(graph, args)
 
@@ -119,8 +128,8 @@ class Probe:
             results = whole.run_last()
         square = sum(float(results[position].float().square().sum()) for position in counted)
         self.profile = Profile(sensitivities, square)
+        self.is_armed = False
         self._rounding.clear()
-        self._pair = None
         return results
 
     def _counted(self, graph: fx.Graph) -> list[int]:
