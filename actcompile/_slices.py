@@ -3,10 +3,9 @@
 Sizes in the graph are replaced by those of fewer samples, what was saved is cut, and what is stored in codes is read
 without decoding the other samples where its layout allows.
 
-Where samples meet, as in batch normalization, the others are taken for copies of these: sums over the batch are
-multiplied by the number of parts. Their derivative, that is: what reads them again is given their values for all
-samples. And that by what was saved alone: sums of gradients take their share of them away, which for all samples makes
-the rest smaller, but for a few may make it larger, from layer to layer.
+A sum over the batch is multiplied by the number of parts, so that it stands for all samples. Where samples meet, as in
+batch normalization, and read such a sum again, they are given its value for all. Derivatives of these sums by gradients
+are left out: for all samples they take a small share away, for a few they may add to it, more from layer to layer.
 """
 
 import math
@@ -36,16 +35,15 @@ _SAME_FOR_COPIES = frozenset({"mean", "var", "var_mean", "std", "amax", "amin", 
 class SlicedBackward:
     """A backward graph for ``size // count`` samples of ``size``.
 
-    ``graph`` has the same nodes as the whole backward, by name, and one for every sum over the batch, multiplied.
-    ``dims`` says where the batch lies in their values; what is not there has none. ``meetings`` are the multiplied sums
-    that samples read again, with the names of those sums in the whole backward.
+    ``graph`` has the same nodes as the whole backward, by name, and some more. ``dims`` says where the batch lies in
+    their values; what is not there has none. ``meetings`` are the sums over the batch that samples read again.
     """
 
     graph: fx.Graph
     size: int
     count: int
     dims: Mapping[str, int]
-    meetings: Mapping[fx.Node, str]
+    meetings: frozenset[fx.Node]
 
 
 @dataclass(frozen=True)
@@ -76,18 +74,18 @@ def slice_backward(pair: GraphPair, size: int, dims: Mapping[str, int], count: i
     graph = fx.Graph(owner)
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(pair.backward.graph, copies))
-    meetings, read_again = {}, _read_by_samples(pair.backward.graph, dims)
+    meetings, read_again = set(), _read_by_samples(pair.backward.graph, dims)
     dependent = tangent_dependent(pair.backward.graph)
     copied = {copies[node] for node in dependent if node in copies}
     for node, copy in list(copies.items()):
-        if _sums_over_batch(node, dims):
+        if _sums_over_batch(node, dims) and node in read_again:
+            meetings.add(copy)
+            _hold_gradients(copy, [copies[n] for n in node.all_input_nodes if n in dependent], copied)
+        elif _sums_over_batch(node, dims):
             with graph.inserting_after(copy):
                 whole = graph.call_function(torch.ops.aten.mul.Tensor, (copy, count))
             whole.meta["val"] = node.meta["val"]
             copy.replace_all_uses_with(whole, lambda user, whole=whole: user is not whole)  # type: ignore[misc]
-            if node in read_again:
-                meetings[whole] = node.name
-                _hold_gradients(copy, [copies[n] for n in node.all_input_nodes if n in dependent], copied)
         if node.name not in dims or not is_tensor(node):
             continue
         shape = [hint(length) for length in node.meta["val"].shape]
@@ -96,7 +94,7 @@ def slice_backward(pair: GraphPair, size: int, dims: Mapping[str, int], count: i
         position = sizes_position(node)
         if position is not None:
             copy.update_arg(position, shape)
-    return SlicedBackward(graph, size, count, dims, meetings)
+    return SlicedBackward(graph, size, count, dims, frozenset(meetings))
 
 
 def _sums_over_batch(node: fx.Node, dims: Mapping[str, int]) -> bool:
