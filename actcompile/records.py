@@ -40,14 +40,20 @@ class GraphRecord:
         self.probe: Probe | None = None
         self.sites = sites
         self.solved: Plan | None = None
+        self.inherited: Profile | None = None
         self._frame = current_frame()
         self.roles = roles
         self._parameters: list[weakref.ref[torch.Tensor]] | None = None
 
     @property
-    def profile(self) -> Profile | None:
+    def own_profile(self) -> Profile | None:
         """What the last probe found, once there was one."""
         return None if self.probe is None else self.probe.profile
+
+    @property
+    def profile(self) -> Profile | None:
+        """The same or, without it, what was found for the same code at other sizes."""
+        return self.inherited if self.own_profile is None else self.own_profile
 
     @property
     def baseline_nbytes(self) -> int:

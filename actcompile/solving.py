@@ -33,6 +33,7 @@ def found_plan(record: GraphRecord) -> Plan | None:
     plan = solved_plan(earlier)
     if earlier is record:
         return plan
+    record.inherited = earlier.profile
     followed = follow(plan, record.rows, record.config)
     budget = _budget_again(record, earlier)
     if budget is None or counted_nbytes(record.rows, followed) <= budget:
@@ -111,7 +112,7 @@ def _all_nbytes(rows: Sequence[SavedTensor], plan: Plan) -> int:
 
 def _serves(other: GraphRecord, record: GraphRecord) -> bool:
     """Whether what probing ``other`` found holds for ``record``: itself, or the same code at other sizes."""
-    if other.profile is None:
+    if other.own_profile is None:
         return False
     return other is record or (other.sites == record.sites and record.replaces(other))
 
@@ -131,8 +132,8 @@ def solved_plan(record: GraphRecord, purpose: str = "train") -> Plan:
 
 def _solve(record: GraphRecord) -> Plan:
     """The plan of a probed graph, solved together with those of the other graphs with the same settings."""
-    together = [other for other in records.of_settings(record.config) if other.profile is not None]
-    graphs = [ProbedGraph(other.rows, other.profile, other.plan) for other in together if other.profile is not None]
+    together = [other for other in records.of_settings(record.config) if other.own_profile is not None]
+    graphs = [ProbedGraph(o.rows, o.own_profile, o.plan) for o in together if o.own_profile is not None]
     # A share of each graph, or one number of bytes for all of them.
     budgets = [other.budget_nbytes() for other in together]
     budget = sum(filter(None, budgets)) if isinstance(record.config.memory, float) else budgets[0]
