@@ -113,11 +113,11 @@ def compile_graph(
     record = records.add(config, roles, sites)
     seeded, fake_seed = add_scalar_input(graph, "actcompile_seed", torch.zeros((), dtype=torch.int64, device=device))
     roles = [*roles, Role.SEED]
+    # What Dynamo made of the inputs is there once only; later they would be traced with dynamic shapes.
+    values = traced_inputs(seeded, [*inputs, fake_seed])
 
     def compile_with(plan: Plan | None, interpret: Interpret | None) -> Callable[..., Any]:
         partitioner = Partitioner(config, roles, record, plan, lowered=interpret is None)
-        # What Dynamo made of the inputs is there once only; later they would be traced with dynamic shapes.
-        values = traced_inputs(seeded, [*inputs, fake_seed])
         return compile_pair(copied(seeded), values, partitioner=partitioner, interpret=interpret, settings=settings)
 
     compiled = ProbedFirst(record, compile_with, interpret) if config.automatic else compile_with(None, interpret)

@@ -411,6 +411,26 @@ def test_inductor_with_every_size_dynamic() -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize("options", [{"bits": 8}, {"bits": 8, "auto": True}])
+def test_numbers_that_change(options: dict[str, object]) -> None:
+    """Under dynamic shapes, Dynamo passes them as tensors; also when the graph is compiled again, after the probe."""
+    model = layers()
+
+    def function(x: Tensor, scale: float) -> Tensor:
+        return model(x).square().sum() * scale
+
+    step = torch.compile(function, backend="act", dynamic=True, options={**EAGER, **options})
+    for size, scale in ((32, 0.5), (48, 0.7), (7, 0.3)):
+        x = torch.randn(size, 64)
+        model.zero_grad()
+        step(x, scale).backward()
+        got = gradients_of(model)
+        model.zero_grad()
+        function(x, scale).backward()
+        assert 0 < distance(got, gradients_of(model)) < 0.02
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 def test_compiled_code_is_cached_by_settings() -> None:
     """Two settings never share an entry of Inductor's cache, and equal ones do."""
     plan = actcompile.Plan({"0/addmm": actcompile.plan.Decision(actcompile.plan.Action.KEEP, "")})
