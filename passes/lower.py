@@ -62,7 +62,8 @@ def _field(byte: Any, position: sympy.Expr, width: int) -> Any:
 def _restore(value: ir.TensorBox, shape: Sequence[Any], stride: Sequence[Any]) -> ir.TensorBox:
     """The first elements of ``value``, in storage order, as ``shape`` with ``stride``."""
     # Symbols decide as they did while tracing: encoders look at the sizes of each call.
-    order = storage_permutation(convert_shape_to_symint(shape), convert_shape_to_symint(stride))
+    symbols: Any = convert_shape_to_symint(shape), convert_shape_to_symint(stride)
+    order = storage_permutation(*symbols)
     numel = sympy_product(shape)
     flat = lowerings[aten.view](value, [sympy_product(value.get_size())])
     if flat.get_size()[0] != numel:
