@@ -125,8 +125,10 @@ def compile_graph(
     def run(*args: Any) -> Any:
         record.see_parameters(args)
         # Where DDP cuts a model into parts, each is called with fake tensors first: that is no step.
-        is_traced = any(is_fake(value) for value in args)
-        seed = torch.zeros_like(fake_seed) if is_traced else next_seed(config.seed, device)
+        traced = next((value for value in args if is_fake(value)), None)
+        seed = (
+            next_seed(config.seed, device) if traced is None else traced.new_zeros((), dtype=torch.int64, device=device)
+        )
         return compiled(*args, seed)
 
     return run
