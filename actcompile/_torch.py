@@ -123,15 +123,23 @@ def copied(graph: fx.GraphModule) -> fx.GraphModule:
 
 
 def traced_inputs(graph: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
-    """``inputs`` with every tensor as the fake one that Dynamo traced.
-
-    Not the numbers that Dynamo passes as tensors under dynamic shapes, such as a momentum: their values would be lost.
-    """
+    """``inputs`` with every tensor as the fake one that Dynamo traced; to be called while Dynamo compiles."""
     placeholders = graph.graph.find_nodes(op="placeholder")
     return [
-        node.meta["example_value"] if isinstance(value, torch.Tensor) and not _is_number(value) else value
+        _traced(node, value) if isinstance(value, torch.Tensor) else value
         for node, value in zip(placeholders, inputs, strict=True)
     ]
+
+
+def _traced(placeholder: fx.Node, value: torch.Tensor) -> Any:
+    context = TracingContext.get()
+    if not _is_number(value) or value not in context.tensor_to_context:
+        return placeholder.meta["example_value"]
+    # A number that Dynamo passes as a tensor, such as a momentum under dynamic shapes. AOTAutograd asks for its symbol,
+    # which Dynamo's own fake tensor does not hand over to the mode that AOTAutograd traces in.
+    assert context.fake_mode is not None
+    known = context.tensor_to_context[value]
+    return context.fake_mode.from_tensor(value, symbolic_context=known, source=known.tensor_source, trace=False)
 
 
 def _is_number(value: torch.Tensor) -> bool:

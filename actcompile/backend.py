@@ -114,11 +114,11 @@ def compile_graph(
     record = records.add(config, roles, sites, settings)
     seeded, fake_seed = add_scalar_input(graph, "actcompile_seed", torch.zeros((), dtype=torch.int64, device=device))
     roles = [*roles, Role.SEED]
+    # What Dynamo made of the inputs is there once only; later they would be traced with dynamic shapes.
+    values = traced_inputs(seeded, [*inputs, fake_seed])
 
     def compile_with(plan: Plan | None, interpret: Interpret | None) -> Callable[..., Any]:
         partitioner = Partitioner(config, roles, record, plan, lowered=interpret is None)
-        # What Dynamo made of the inputs is there once only; later they would be traced with dynamic shapes.
-        values = traced_inputs(seeded, [*inputs, fake_seed])
         return compile_pair(copied(seeded), values, partitioner=partitioner, interpret=interpret, settings=settings)
 
     compiled = Probed(record, compile_with, interpret) if config.automatic else compile_with(None, interpret)
@@ -126,8 +126,10 @@ def compile_graph(
     def run(*args: Any) -> Any:
         record.see_parameters(args)
         # Where DDP cuts a model into parts, each is called with fake tensors first: that is no step.
-        is_traced = any(is_fake(value) for value in args)
-        seed = torch.zeros_like(fake_seed) if is_traced else next_seed(config.seed, device)
+        traced = next((value for value in args if is_fake(value)), None)
+        seed = (
+            next_seed(config.seed, device) if traced is None else traced.new_zeros((), dtype=torch.int64, device=device)
+        )
         return compiled(*args, seed)
 
     return run

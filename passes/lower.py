@@ -17,7 +17,7 @@ import sympy
 import torch
 from torch._inductor import ir
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
-from torch._inductor.utils import sympy_product
+from torch._inductor.utils import convert_shape_to_symint, sympy_product
 from torch._inductor.virtualized import ops
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
@@ -61,7 +61,10 @@ def _field(byte: Any, position: sympy.Expr, width: int) -> Any:
 
 def _restore(value: ir.TensorBox, shape: Sequence[Any], stride: Sequence[Any]) -> ir.TensorBox:
     """The first elements of ``value``, in storage order, as ``shape`` with ``stride``."""
-    numel, order = sympy_product(shape), storage_permutation(shape, stride)
+    # Symbols decide as they did while tracing: encoders look at the sizes of each call.
+    symbols: Any = convert_shape_to_symint(shape), convert_shape_to_symint(stride)
+    order = storage_permutation(*symbols)
+    numel = sympy_product(shape)
     flat = lowerings[aten.view](value, [sympy_product(value.get_size())])
     if flat.get_size()[0] != numel:
         flat = lowerings[aten.slice](flat, 0, 0, numel)

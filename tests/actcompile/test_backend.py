@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import actcompile
 from actcompile import Config, records
+from actcompile._gpt import GPT
 from actcompile.backend import Partitioner
 
 from ..models import Task, bert, cosine, cosines, gpt, relative_error, resnet
@@ -389,6 +390,45 @@ def test_inductor_with_a_dynamic_batch_under_autocast() -> None:
         model.zero_grad()
         model(x).square().mean().backward()
         assert 0 < distance(got, gradients_of(model)) < 0.02
+
+
+@pytest.mark.slow
+def test_inductor_with_every_size_dynamic() -> None:
+    """Strides are symbols too: of codes, of masks and of permuted tensors."""
+    model = GPT(layers=1, width=64, tokens=32)
+    mask = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+    model.blocks.append(mask)
+    step = torch.compile(model, backend="act", dynamic=True, options={"bits": 8, "min_numel": 0})
+    for shape in ((4, 16), (6, 24)):
+        tokens = torch.randint(256, shape)
+        model.zero_grad()
+        step(tokens, tokens).backward()
+        got = gradients_of(model)
+        model.zero_grad()
+        model(tokens, tokens).backward()
+        assert 0 < distance(got, gradients_of(model)) < 0.02
+    assert {row.action for row in actcompile.report(model).rows} >= {"quantize", "pack"}
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("options", [{"bits": 8}, {"bits": 8, "auto": True}])
+def test_numbers_that_change(options: dict[str, object]) -> None:
+    """Under dynamic shapes, Dynamo passes them as tensors; also when the graph is compiled again, after the probe."""
+    model = layers()
+
+    def function(x: Tensor, scale: float) -> Tensor:
+        return model(x).square().sum() * scale
+
+    step = torch.compile(function, backend="act", dynamic=True, options={**EAGER, **options})
+    for size, scale in ((32, 0.5), (48, 0.7), (7, 0.3)):
+        x = torch.randn(size, 64)
+        model.zero_grad()
+        step(x, scale).backward()
+        got = gradients_of(model)
+        model.zero_grad()
+        function(x, scale).backward()
+        assert 0 < distance(got, gradients_of(model)) < 0.02
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_compiled_code_is_cached_by_settings() -> None:
