@@ -2,15 +2,11 @@
 
 Sizes in the graph are replaced by those of fewer samples, what was saved is cut, and what is stored in codes is read
 without decoding the other samples where its layout allows.
-
-A sum over the batch is multiplied by the number of parts, so that it stands for all samples. Where samples meet, as in
-batch normalization, and read such a sum again, they are given its value for all. Derivatives of these sums by gradients
-are left out: for all samples they take a small share away, for a few they may add to it, more from layer to layer.
 """
 
 import math
 import operator
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ._batch import sizes_position
-from .passes._fx import GraphPair, hint, is_tensor, tangent_dependent
-from .passes._naming import operator_name
+from .passes._fx import GraphPair, hint, is_tensor
 from .triton_kernels._layout import from_storage_order, storage_permutation
 from .triton_kernels.pack_bool import unpack_range
 from .triton_kernels.quantize import split_planes
@@ -27,23 +22,19 @@ from .triton_kernels.quantize import split_planes
 dequantize = torch.ops.actcompile.dequantize.default
 unpack_bool = torch.ops.actcompile.unpack_bool.default
 
-# Operators whose result for a batch of copies is that for one of them.
-_SAME_FOR_COPIES = frozenset({"mean", "var", "var_mean", "std", "amax", "amin", "max", "min", "select"})
-
 
 @dataclass(frozen=True)
 class SlicedBackward:
     """A backward graph for ``size // count`` samples of ``size``.
 
-    ``graph`` has the same nodes as the whole backward, by name, and some more. ``dims`` says where the batch lies in
-    their values; what is not there has none. ``meetings`` are the sums over the batch that samples read again.
+    ``graph`` has the same nodes as the whole backward, by name. ``dims`` says where the batch lies in their values;
+    what is not there has none.
     """
 
     graph: fx.Graph
     size: int
     count: int
     dims: Mapping[str, int]
-    meetings: frozenset[fx.Node]
 
 
 @dataclass(frozen=True)
@@ -74,18 +65,7 @@ def slice_backward(pair: GraphPair, size: int, dims: Mapping[str, int], count: i
     graph = fx.Graph(owner)
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(pair.backward.graph, copies))
-    meetings, read_again = set(), _read_by_samples(pair.backward.graph, dims)
-    dependent = tangent_dependent(pair.backward.graph)
-    copied = {copies[node] for node in dependent if node in copies}
-    for node, copy in list(copies.items()):
-        if _sums_over_batch(node, dims) and node in read_again:
-            meetings.add(copy)
-            _hold_gradients(copy, [copies[n] for n in node.all_input_nodes if n in dependent], copied)
-        elif _sums_over_batch(node, dims):
-            with graph.inserting_after(copy):
-                whole = graph.call_function(torch.ops.aten.mul.Tensor, (copy, count))
-            whole.meta["val"] = node.meta["val"]
-            copy.replace_all_uses_with(whole, lambda user, whole=whole: user is not whole)  # type: ignore[misc]
+    for node, copy in copies.items():
         if node.name not in dims or not is_tensor(node):
             continue
         shape = [hint(length) for length in node.meta["val"].shape]
@@ -94,48 +74,22 @@ def slice_backward(pair: GraphPair, size: int, dims: Mapping[str, int], count: i
         position = sizes_position(node)
         if position is not None:
             copy.update_arg(position, shape)
-    return SlicedBackward(graph, size, count, dims, frozenset(meetings))
+    return SlicedBackward(graph, size, count, dims)
 
 
-def _sums_over_batch(node: fx.Node, dims: Mapping[str, int]) -> bool:
-    """Whether ``node`` is one value for all samples, the sum of what each contributes."""
-    if node.op != "call_function" or node.name in dims or not is_tensor(node):
-        return False
-    producer = node.all_input_nodes[0] if node.target is operator.getitem else node
-    return (
-        node.meta["val"].is_floating_point()
-        and operator_name(producer) not in _SAME_FOR_COPIES
-        and any(source.name in dims for source in producer.all_input_nodes)
-    )
-
-
-def _hold_gradients(total: fx.Node, operands: Sequence[fx.Node], dependent: Container[fx.Node]) -> None:
-    """Lets the derivative of ``total`` pass through what is not ``dependent`` on gradients alone."""
-    graph = total.graph
-    for operand in operands:
-        held = {source for source in operand.all_input_nodes if source in dependent}
-        with graph.inserting_before(total):
-            if held and set(operand.all_input_nodes) - held:
-                fixed = {source: _detached(graph, source) for source in held}
-                new = graph.node_copy(operand, lambda node, fixed=fixed: fixed.get(node, node))  # type: ignore[misc]
-            else:
-                new = _detached(graph, operand)
-        total.replace_input_with(operand, new)
-
-
-def _detached(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    result = graph.call_function(torch.ops.aten.detach.default, (node,))
-    result.meta["val"] = node.meta["val"]
-    return result
-
-
-def _read_by_samples(graph: fx.Graph, dims: Mapping[str, int]) -> set[fx.Node]:
-    """Nodes without a batch that something with one reads, directly or not."""
-    found: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        if node.name not in dims and any(user.name in dims or user in found for user in node.users):
-            found.add(node)
-    return found
+def samples_meet(graph: fx.Graph, dims: Mapping[str, int]) -> bool:
+    """Whether samples read what was computed from several of them, as in batch normalization."""
+    mixed: set[fx.Node] = set()
+    for node in graph.nodes:
+        # A tuple is what it was made of.
+        is_item = node.target is operator.getitem
+        sources = node.all_input_nodes[0].all_input_nodes if is_item else node.all_input_nodes
+        if node.name in dims and not mixed.isdisjoint(sources):
+            return True
+        is_read = any(source.name in dims or source in mixed for source in sources)
+        if node.name not in dims and is_tensor(node) and is_read:
+            mixed.add(node)
+    return False
 
 
 def cut(value: Tensor, dim: int, part: Part) -> Tensor:

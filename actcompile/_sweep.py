@@ -69,9 +69,6 @@ class Sweep:
         self._is_tiled = is_tiled
         self.dependent = _dependent(self.nodes, leaves)
         self._arguments: MutableMapping[fx.Node, Any] = {}
-        self._known: Mapping[fx.Node, Tensor] = {}
-        self._given: Mapping[fx.Node, Tensor] = {}
-        self.pulled: dict[fx.Node, Tensor] = {}
         self._kept: dict[fx.Node, Any] = {}
 
     @cached_property
@@ -88,32 +85,13 @@ class Sweep:
         self,
         arguments: MutableMapping[fx.Node, Any],
         readers: Mapping[fx.Node, "functools.partial[Tensor]"] | None = None,
-        known: Mapping[fx.Node, Tensor] | None = None,
-        pulled: Mapping[fx.Node, Tensor] | None = None,
     ) -> None:
-        """Takes the arguments of one call.
-
-        Args:
-            arguments: By placeholder.
-            readers: How to read what is stored in codes.
-            known: Values of nodes of which the graph computes a part.
-            pulled: Their cotangents, of which a product finds a part too. Each product adds what it finds to
-                ``self.pulled``.
-        """
+        """Takes the arguments of one call."""
         self._arguments, self.readers = arguments, dict(readers or {})
-        self._known, self._given = dict(known or {}), dict(pulled or {})
 
-    def run(
-        self,
-        change: Mapping[fx.Node, Callable[[Tensor], Tensor]] | None = None,
-        seen: MutableMapping[fx.Node, Any] | None = None,
-    ) -> list[Any]:
-        """The results of the graph, with the values of some leaves changed; fills in the values of ``seen``."""
-        seen = {} if seen is None else seen
-        results = self._run(frozenset(seen), change or {})
-        seen.update(self._kept)
-        self._kept = {}
-        return results
+    def run(self, change: Mapping[fx.Node, Callable[[Tensor], Tensor]] | None = None) -> list[Any]:
+        """The results of the graph, with the values of some leaves changed; keeps nothing."""
+        return self._run(frozenset(), change or {})
 
     def run_last(self) -> list[Any]:
         """The results of the graph; lets go of its arguments meanwhile, so that nothing can run behind it."""
@@ -156,9 +134,7 @@ class Sweep:
         return results
 
     def _value(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-        if node in self.readers:
-            return self.readers[node]()
-        return self._known[node] if node in self._known else _call(node, values)
+        return self.readers[node]() if node in self.readers else _call(node, values)
 
     @torch.no_grad()
     def pull_back(
@@ -182,37 +158,32 @@ class Sweep:
         }
         cotangents: dict[fx.Node, Tensor] = {}
         for index, segment in reversed(list(enumerate(self.segments))):
-            values, sources, parts = self._forward(segment)
-            inner = [node for node in segment.nodes if node not in self.leaves and node not in parts]
-            reached = [n for n in inner if _needs_grad(values[n]) and (n in cotangents or n in wanted)]
-            ends = {values[n]: _sum(cotangents.get(n), draw(n, values[n]) if n in wanted else None) for n in reached}
-            ends |= {part: self._given[n] for n, part in parts.items() if n in self._given and _needs_grad(part)}
+            values, sources = self._forward(segment)
+            reached = [n for n in segment.nodes if n not in self.leaves and (n in cotangents or n in wanted)]
+            ends = [node for node in reached if _needs_grad(values[node])]
+            directions = [_sum(cotangents.get(n), draw(n, values[n]) if n in wanted else None) for n in ends]
             found: Sequence[Tensor | None] = [None] * len(sources)
             if ends and sources:
-                found = torch.autograd.grad(list(ends), list(sources.values()), list(ends.values()), allow_unused=True)
-            del values, ends
-            for node in inner:
-                cotangents.pop(node, None)
+                ends_values = [values[node] for node in ends]
+                found = torch.autograd.grad(ends_values, list(sources.values()), directions, allow_unused=True)
+            del values
+            for node in segment.nodes:
+                if node not in self.leaves:
+                    cotangents.pop(node, None)
             for (node, value), gradient in zip(sources.items(), found, strict=True):
                 if gradient is not None:
                     total = _sum(cotangents.get(node), gradient)
                     cotangents[node] = total if node not in self.leaves else torch.empty_like(value).copy_(total)
                 if node in self.leaves and first_reader[node] == index and node in cotangents:
                     see(node, cotangents.pop(node))
-            for node in parts:
-                if node in cotangents:
-                    self.pulled[node] = _sum(self.pulled.get(node), cotangents.pop(node))
             for node in segment.inputs:
                 if first_reader[node] == index:
                     self._kept.pop(node, None)
 
-    def _forward(self, segment: Segment) -> tuple[dict[fx.Node, Any], dict[fx.Node, Tensor], dict[fx.Node, Tensor]]:
-        """Values of a segment under autograd, its sources (leaves, inputs that depend on them, and what is known), and
-        the computed parts of what is known.
-        """
+    def _forward(self, segment: Segment) -> tuple[dict[fx.Node, Any], dict[fx.Node, Tensor]]:
+        """Values of a segment under autograd, and its sources: leaves, and inputs that depend on them."""
         values: dict[fx.Node, Any] = dict(self._arguments)
         sources: dict[fx.Node, Tensor] = {}
-        parts: dict[fx.Node, Tensor] = {}
         for node in (*segment.inputs, *segment.nodes):
             if node in self.leaves or node not in segment.inside:
                 value = self.readers[node]() if node in self.leaves else self._kept[node]
@@ -222,13 +193,10 @@ class Sweep:
                 continue
             with torch.set_grad_enabled(node in self.dependent):
                 values[node] = self._value(node, values)
-                if node in self._known:
-                    parts[node] = _call(node, values)
-                    values[node] = sources[node] = self._known[node].detach().requires_grad_()
             if _is_opaque(values[node]):
                 self.opaque.add(node)
                 values[node] = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, values[node])
-        return values, sources, parts
+        return values, sources
 
     def behind_opaque(self) -> set[fx.Node]:
         """The leaves that an opaque operator reads, directly or not."""

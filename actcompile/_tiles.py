@@ -233,6 +233,9 @@ def ordered(graph: fx.Graph) -> list[fx.Node]:
     nodes: list[fx.Node] = []
     for node in graph.nodes:
         if node.op not in ("placeholder", "output") and node.target is not operator.getitem:
-            nodes.append(node)
-            nodes.extend(user for user in node.users if user.target is operator.getitem)
+            pending = [node]
+            while pending:
+                current = pending.pop(0)
+                nodes.append(current)
+                pending.extend(user for user in current.users if user.target is operator.getitem)
     return nodes

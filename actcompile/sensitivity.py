@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, fx
 
 from ._batch import find_batch
-from ._measure import Rounding, draw, measure
-from ._slices import Layout, Part, SlicedBackward, cut, decode, group_ids, slice_backward
+from ._measure import Rounding, measure
+from ._slices import Layout, Part, SlicedBackward, cut, decode, group_ids, samples_meet, slice_backward
 from ._sweep import Sweep
 from ._tiles import call_node, find_tilings, ordered, run_graph
 from .config import CODE_BITS
@@ -49,8 +49,6 @@ dequantize = torch.ops.actcompile.dequantize.default
 _FUSED = 0.5
 # Share of the batch that is probed: beside the backward itself, a product takes as long as 2.6 more of its samples.
 _SHARE = 0.75
-# The same where all of the batch was taken once before.
-_MEETING_SHARE = 0.25
 # Mixed into the seed of the next probe.
 _NEXT = 2**31
 
@@ -117,15 +115,9 @@ class Probe:
         if sliced is None:
             results = whole.run_and_keep()
             sensitivities = self._measure(whole, counted, _readers(whole), None, 0)
-        elif sliced.meetings:
-            names = {node.name for node in sliced.meetings}
-            sums = dict.fromkeys(node for node in whole.nodes if node.name in names)
-            results = whole.run(seen=sums)
-            known = {node.name: value for node, value in sums.items()}
-            sensitivities = self._sum_over_parts(sliced, whole, arguments, known, counted)
         else:
             whole.note_readers()
-            sensitivities = self._sum_over_parts(sliced, whole, arguments, {}, counted)
+            sensitivities = self._sum_over_parts(sliced, whole, arguments, counted)
             # What was saved is let go while the backward runs, as in compiled code.
             results = whole.run_last()
         square = sum(float(results[position].float().square().sum()) for position in counted)
@@ -146,8 +138,9 @@ class Probe:
         """The backward of so few samples that the product takes no more bytes than it may; None for all at once."""
         batch = None if self._pair is None else find_batch(self._pair)
         decoders = [node for node in whole.nodes if node.target in DECODERS]
-        if self._pair is None or batch is None or not all(node.name in batch[1] for node in decoders):
-            log.info("sensitivities are measured on the whole batch at once: its samples cannot be told apart")
+        is_separable = batch is not None and all(node.name in batch[1] for node in decoders)
+        if self._pair is None or batch is None or not is_separable or samples_meet(whole.graph, batch[1]):
+            log.info("sensitivities are measured on the whole batch at once: no sample stands for others")
             return None
         size, dims = batch
         counts = [count for count in range(1, size + 1) if size % count == 0]
@@ -155,63 +148,33 @@ class Probe:
         return None if count == 1 else slice_backward(self._pair, size, dims, count)
 
     def _sum_over_parts(
-        self,
-        sliced: SlicedBackward,
-        whole: Sweep,
-        arguments: Mapping[fx.Node, Any],
-        known: Mapping[str, Any],
-        counted: Sequence[int],
+        self, sliced: SlicedBackward, whole: Sweep, arguments: Mapping[fx.Node, Any], counted: Sequence[int]
     ) -> dict[str, Sensitivity]:
-        """Sensitivities over the samples of the first parts of the batch, scaled to all of them.
-
-        Where samples meet, what all of them pull at the sums that they read is found first, in one direction for all.
-        """
+        """Sensitivities over the samples of the first parts of the batch, scaled to all of them."""
         sweep, readers, dims = _sweep_of(sliced.graph, is_tiled=False), _readers(whole), sliced.dims
         given = {node.name: value for node, value in arguments.items()}
-        meetings = {node: known[node.name] for node in sliced.meetings}
         length = sliced.size // sliced.count
-        pulled: dict[fx.Node, Tensor] = {}
-
-        def feed(index: int) -> Part:
+        num_parts = max(1, round(_SHARE * sliced.count))
+        sums: dict[str, Counter[int]] = {}
+        methods: dict[str, str] = {}
+        for index in range(num_parts):
             part = Part(index * length, length, sliced.size)
             placeholders = {node: given[node.name] for node in sliced.graph.find_nodes(op="placeholder")}
             values = {n: cut(v, dims[n.name], part) if n.name in dims else v for n, v in placeholders.items()}
             decoders = {node: readers[node.name] for node in sweep.nodes if node.name in readers}
-            parts = {n: functools.partial(decode, r.func, r.args, dims[n.name], part) for n, r in decoders.items()}
-            sweep.feed(values, parts, meetings, pulled)
+            sweep.feed(
+                values,
+                {n: functools.partial(decode, r.func, r.args, dims[n.name], part) for n, r in decoders.items()},
+            )
             sweep.run_and_keep()
-            return part
-
-        share = _SHARE
-        if meetings:
-            share = _MEETING_SHARE
-            for index in range(sliced.count):
-                feed(index)
-                sweep.pull_back(*self._directions(sweep, counted, 0), lambda node, cotangent: None)
-            pulled.update(sweep.pulled)
-        num_parts = max(1, round(share * sliced.count))
-        sums: dict[str, Counter[int]] = {}
-        methods: dict[str, str] = {}
-        for index in range(num_parts):
-            part = feed(index)
-            found = self._measure(sweep, counted, readers, part, 0 if meetings else index, dims)
-            for key, value in found.items():
+            for key, value in self._measure(sweep, counted, readers, part, index, dims).items():
                 sums.setdefault(key, Counter()).update(value.variance)  # type: ignore[arg-type]
                 methods[key] = value.method
-        # Gradients were multiplied by the number of parts, and each part stands for as many as are left out.
-        scale = 1 / (sliced.count * num_parts)
+        scale = sliced.count / num_parts
         return {
             key: Sensitivity({bits: scale * total[bits] for bits in CODE_BITS}, methods[key])
             for key, total in sums.items()
         }
-
-    def _directions(
-        self, sweep: Sweep, counted: Sequence[int], index: int
-    ) -> tuple[dict[fx.Node, int], Callable[[fx.Node, Tensor], Tensor]]:
-        """The gradients that count, with their positions among the results, and the direction to take for each."""
-        outputs, seed = graph_outputs(sweep.graph), mix_seed(self._seed, index)
-        targets = {outputs[position]: position for position in counted}
-        return targets, lambda node, value: draw(value, mix_seed(seed, targets[node]))
 
     def _measure(
         self,

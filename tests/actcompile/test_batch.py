@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from actcompile._batch import find_batch
-from actcompile._slices import Part, cut, slice_backward
+from actcompile._slices import Part, cut, samples_meet, slice_backward
 from actcompile.plan import Role
 
 from ..passes.pairs import trace
@@ -62,8 +62,19 @@ def test_gradients_of_parts_add_up(function: Callable[..., Tensor], x: Tensor, c
         part = Part(index * (size // count), size // count, size)
         given = dict(zip(names, [*saved, torch.ones(())], strict=True))
         total += module(*(cut(v, dims[n], part) if n in dims else v for n, v in given.items()))[0]
-    # Each part stands for the whole batch.
-    torch.testing.assert_close(total / count, whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(total, whole, rtol=1e-4, atol=1e-5)
+    assert not samples_meet(traced.pair.backward.graph, dims)
+
+
+def normalized(w: Tensor, x: Tensor) -> Tensor:
+    y = (x @ w).flatten(0, 1)
+    return F.batch_norm(y, None, None, training=True).exp().sum()
+
+
+def test_samples_meet_in_batch_normalization() -> None:
+    traced = trace(normalized, torch.randn(8, 8, requires_grad=True), X)
+    found = find_batch(traced.pair)
+    assert found is None or samples_meet(traced.pair.backward.graph, found[1])
 
 
 def contrastive(w: Tensor, x: Tensor) -> Tensor:
