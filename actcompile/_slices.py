@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ._batch import sizes_position
+from ._growth import sizes_position
 from .passes._fx import GraphPair, hint, is_tensor
 from .triton_kernels._layout import from_storage_order, storage_permutation
 from .triton_kernels.pack_bool import unpack_range

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from actcompile import _sweep
+from actcompile import _segments, _sweep
 from actcompile._sweep import Sweep
 
 from ..passes.pairs import trace
@@ -73,13 +73,13 @@ def cotangents(sweep: Sweep, targets: list[fx.Node]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("count", [2, 3, 7, 1000])
 def test_segments_change_nothing(name: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_sweep, "_COUNTS", (1,))
+    monkeypatch.setattr(_segments, "_COUNTS", (1,))
     sweep, targets = sweep_of(FUNCTIONS[name])
     assert len(sweep.segments) == 1
     whole = cotangents(sweep, targets)
     assert len(whole) > 1
-    crossing = _sweep._crossing_nbytes(sweep.nodes, sweep.leaves)
-    sweep.segments = _sweep._cut(sweep.nodes, sweep.leaves, crossing, max(crossing), count)
+    crossing = _segments.crossing_nbytes(sweep.nodes, sweep.leaves)
+    sweep.segments = _segments.cut(sweep.nodes, sweep.leaves, crossing, max(crossing), count)
     assert len(sweep.segments) > 1
     torch.testing.assert_close(cotangents(sweep, targets), whole)
     assert not sweep._kept
