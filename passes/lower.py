@@ -16,9 +16,16 @@ from typing import Any
 import sympy
 import torch
 from torch._inductor import ir
-from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
+from torch._inductor.lowering import (
+    fallback_handler,
+    lowerings,
+    make_fallback,
+    register_lowering,
+    tag_to_layout_constraint,
+)
 from torch._inductor.utils import convert_shape_to_symint, sympy_product
 from torch._inductor.virtualized import ops
+from torch._library.utils import get_layout_constraint_tag
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from actcompile.plan import Plan
@@ -32,6 +39,12 @@ aten = torch.ops.aten
 actcompile = torch.ops.actcompile
 
 _COMPILED_ON_CPU = {actcompile.quantize.default: actcompile.quantize_compiled.default}
+
+# Operators that stay opaque. Inductor would get to know each when it first meets it, and schedule the first graph of a
+# process differently from all others.
+for _operator in (actcompile.quantize.default, actcompile.quantize_compiled.default, actcompile.pack_bool.default):
+    _constraint = tag_to_layout_constraint(get_layout_constraint_tag(_operator, with_default=True))
+    make_fallback(_operator, layout_constraint=_constraint, warn=False)  # type: ignore[no-untyped-call]
 
 
 def lower_encoders(pair: GraphPair, plan: Plan) -> None:

@@ -1,5 +1,7 @@
 """lower: what Inductor makes of the codecs gives the bits of the operators."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -137,3 +139,15 @@ def test_graph_without_encoders_is_unchanged() -> None:
     before = text(traced.pair.forward), text(traced.pair.backward)
     lower_encoders(traced.pair, plan)
     assert (text(traced.pair.forward), text(traced.pair.backward)) == before
+
+
+@pytest.mark.parametrize("name", ["quantize", "quantize_compiled", "pack_bool"])
+def test_inductor_knows_encoders_before_it_meets_them(name: str) -> None:
+    code = (
+        "import torch, actcompile.passes.lower as lower\n"
+        "from torch._inductor.lowering import lowerings, needs_realized_inputs\n"
+        f"operator = torch.ops.actcompile.{name}.default\n"
+        "print(operator in lowerings and operator in needs_realized_inputs)"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
