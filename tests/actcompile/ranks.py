@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import actcompile
-from actcompile import CompileError, ConfigError, records
+from actcompile import CompileError, ConfigError, records, solving
 
 NUM_RANKS = 2
 TARGETS: dict[str, dict[str, Any]] = {
@@ -61,7 +61,7 @@ def train(rank: int) -> dict[str, object]:
             # Ranks whose data differ in scale, so that each would choose other bits.
             call((1 + 20 * rank) * torch.randn(batch, 64)).square().mean().backward()
         known = records.finished()
-        probed = [record for record in records._records if record.profile is not None]
+        probed = [record for record in records._records if record.own_profile is not None]
         gradients = torch.cat([value.grad.flatten() for value in model.parameters() if value.grad is not None])
         found[name] = {
             "num_graphs": len(known),
@@ -97,7 +97,7 @@ def step_twice(**options: object) -> str:
 
 def fail(rank: int) -> dict[str, object]:
     """A target that rank 0 finds to be out of reach, and a graph that it never trains."""
-    with mock.patch.object(records, "solve", side_effect=ConfigError("no plan takes so few bytes")):
+    with mock.patch.object(solving, "solve", side_effect=ConfigError("no plan takes so few bytes")):
         found = {"out_of_reach": step_twice(auto=True)}
     actcompile.reset()
     plan = actcompile.profile(layers(), (1 + 20 * rank) * torch.randn(4, 64), loss=torch.sum)
