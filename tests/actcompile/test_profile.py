@@ -153,7 +153,7 @@ def test_other_sizes_reuse_what_the_first_probe_found(dynamic: bool) -> None:
         made = probed_steps(layers(), (4, 4, 32, 33, 4))
     # One forward and one backward were interpreted.
     assert probes == [False, True]
-    assert [record.profile is not None for record in made] == [True, *[False] * (1 if dynamic else 2)]
+    assert [record.own_profile is not None for record in made] == [True, *[False] * (1 if dynamic else 2)]
     assert made[0].solved == made[0].plan
     assert all(dict(record.plan) == dict(made[0].plan) for record in made)
     assert all(record.plan.graphs == (record.sites,) for record in made)
@@ -171,7 +171,7 @@ class Stack(nn.Module):
 def test_another_model_of_the_same_code_is_probed() -> None:
     with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
         made = [probed_steps(Stack(), (batch, batch))[-1] for batch in (16, 32)]
-    assert [record.profile is not None for record in made] == [True, True]
+    assert [record.own_profile is not None for record in made] == [True, True]
     assert made[0].sites == made[1].sites
     assert not made[1].replaces(made[0])
 
@@ -216,7 +216,7 @@ def test_graphs_keep_their_shares_of_the_memory() -> None:
             return self.second(y.sin())
 
     made = probed_steps(Broken(), (4, 4, 64, 64), memory=50_000)
-    assert [record.profile is not None for record in made] == [True, True, False, False]
+    assert [record.own_profile is not None for record in made] == [True, True, False, False]
     assert sum(counted(record) for record in made[:2]) <= 50_000
     assert 25_000 < sum(counted(record) for record in made[2:]) <= 50_000
 
