@@ -44,6 +44,7 @@ class GraphRecord:
         self._frame = current_frame()
         self.roles = roles
         self._parameters: list[weakref.ref[torch.Tensor]] | None = None
+        self._are_fake = False
 
     @property
     def own_profile(self) -> Profile | None:
@@ -90,9 +91,11 @@ class GraphRecord:
     def see_parameters(self, args: Sequence[Any]) -> None:
         """Remembers, at the first call, whose parameters the graph works on."""
         # Where DDP cuts a model into parts, Dynamo calls each with fake tensors first.
-        if self._parameters is None and not any(is_fake(value) for value in args):
+        are_fake = any(is_fake(value) for value in args)
+        if self._parameters is None or (self._are_fake and not are_fake):
             pairs = zip(self.roles, args, strict=False)
             self._parameters = [weakref.ref(value) for role, value in pairs if role is Role.PARAMETER]
+            self._are_fake = are_fake
 
     def parameters(self) -> list[torch.Tensor]:
         """The parameters that the graph was called with and that are still there."""
