@@ -2,7 +2,7 @@
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -33,21 +33,21 @@ class Segment:
 
 def split(nodes: Sequence[fx.Node], leaves: frozenset[fx.Node]) -> list[Segment]:
     """The segments that together with what is kept between them take the least memory."""
-    crossing = crossing_nbytes(nodes, leaves)
+    crossing, sizes = crossing_nbytes(nodes, leaves), new_nbytes(nodes)
     best: tuple[float, list[Segment]] | None = None
     for limit in sorted(set(crossing))[:: max(1, len(set(crossing)) // _LIMITS)]:
         for count in _COUNTS:
-            segments = cut(nodes, leaves, crossing, limit, count)
-            nbytes = cost(segments, leaves)
+            segments = cut(nodes, leaves, crossing, sizes, limit, count)
+            nbytes = cost(segments, leaves, sizes)
             if best is None or nbytes < best[0]:
                 best = nbytes, segments
     return [] if best is None else best[1]
 
 
-def cost(segments: Sequence[Segment], leaves: frozenset[fx.Node]) -> float:
+def cost(segments: Sequence[Segment], leaves: frozenset[fx.Node], sizes: Mapping[fx.Node, int]) -> float:
     """About the bytes of what is kept between segments and of the largest of them under autograd."""
     kept = {storage(node) for segment in segments for node in segment.inputs if node not in leaves}
-    largest = max((sum(map(_new_nbytes, segment.nodes)) for segment in segments), default=0)
+    largest = max((sum(map(sizes.__getitem__, segment.nodes)) for segment in segments), default=0)
     return _AUTOGRAD_FACTOR * largest + sum(map(_nbytes, kept))
 
 
@@ -68,10 +68,15 @@ def crossing_nbytes(nodes: Sequence[fx.Node], leaves: frozenset[fx.Node]) -> lis
 
 
 def cut(
-    nodes: Sequence[fx.Node], leaves: frozenset[fx.Node], crossing: Sequence[int], limit: int, count: int
+    nodes: Sequence[fx.Node],
+    leaves: frozenset[fx.Node],
+    crossing: Sequence[int],
+    sizes: Mapping[fx.Node, int],
+    limit: int,
+    count: int,
 ) -> list[Segment]:
     """At most ``count`` segments, cut where no more than ``limit`` bytes cross; tuples stay with what unpacks them."""
-    size = sum(map(_new_nbytes, nodes)) / count
+    size = sum(sizes.values()) / count
     parts: list[list[fx.Node]] = []
     filled = 0
     for node, nbytes in zip(nodes, crossing, strict=True):
@@ -79,7 +84,7 @@ def cut(
             parts.append([])
             filled = 0
         parts[-1].append(node)
-        filled += _new_nbytes(node)
+        filled += sizes[node]
     return [Segment(tuple(part), _inputs(part, leaves)) for part in parts]
 
 
@@ -93,6 +98,11 @@ def _inputs(group: Sequence[fx.Node], leaves: frozenset[fx.Node]) -> tuple[fx.No
 
 def _nbytes(node: fx.Node) -> int:
     return hint(node.meta["val"].numel()) * node.meta["val"].element_size() if is_tensor(node) else 0
+
+
+def new_nbytes(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
+    """Bytes that the results of ``nodes`` take; views take none."""
+    return {node: _new_nbytes(node) for node in nodes}
 
 
 def _new_nbytes(node: fx.Node) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from ._attention import ATTENTION_BACKWARD, ATTENTION_FORWARD, attention_backward
-from ._segments import Segment, cost, split
+from ._segments import Segment, cost, new_nbytes, split
 from ._tiles import call_node, find_tilings, ordered, run_graph
 from .passes._fx import is_tensor
 from .passes.place_codecs import DECODERS
@@ -54,10 +54,10 @@ class Sweep:
         """The graph in pieces."""
         return split(self.nodes, self.leaves)
 
-    @property
+    @cached_property
     def nbytes(self) -> float:
         """About what ``run_and_keep`` and ``pull_back`` take."""
-        return cost(self.segments, self.leaves)
+        return cost(self.segments, self.leaves, new_nbytes(self.nodes))
 
     def feed(
         self,

@@ -79,7 +79,9 @@ def test_segments_change_nothing(name: str, count: int, monkeypatch: pytest.Monk
     whole = cotangents(sweep, targets)
     assert len(whole) > 1
     crossing = _segments.crossing_nbytes(sweep.nodes, sweep.leaves)
-    sweep.segments = _segments.cut(sweep.nodes, sweep.leaves, crossing, max(crossing), count)
+    sweep.segments = _segments.cut(
+        sweep.nodes, sweep.leaves, crossing, _segments.new_nbytes(sweep.nodes), max(crossing), count
+    )
     assert len(sweep.segments) > 1
     torch.testing.assert_close(cotangents(sweep, targets), whole)
     assert not sweep._kept
