@@ -109,12 +109,17 @@ def _describe(pair: GraphPair, slot: Slot, num_gradients: int, returned: set[fx.
         and root not in returned
         and not _is_mutated(source)
         and not free_unbacked_symbols(value),
+        is_part=root.op != "placeholder" and is_tensor(root) and _nbytes(root) > _nbytes(source),
     )
 
 
 def _recomputation(slot: Slot, keys: Mapping[fx.Node, str]) -> Recomputation | None:
     nodes = cone(slot.source, keys)
     return None if nodes is None else Recomputation(num_flops(nodes), tuple(keys[node] for node in cone_inputs(nodes)))
+
+
+def _nbytes(node: fx.Node) -> int:
+    return hint(node.meta["val"].numel()) * node.meta["val"].element_size()
 
 
 def _obstacle(pair: GraphPair, slot: Slot, role: Role, is_returned: bool) -> str:

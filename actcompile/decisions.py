@@ -108,6 +108,9 @@ def ways_to_store(row: SavedTensor, config: Config) -> list[Decision]:
     reason = "least noise at these bytes" + _caution(row)
     ways = [Decision(Action.QUANTIZE, reason, bits=bits, group_size=config.group_size) for bits in CODE_BITS]
     smaller = [way for way in ways if stored_nbytes(row, way) < row.nbytes]
+    if row.is_part and smaller:
+        # Kept as it is, it would take more bytes than its own.
+        return smaller
     return [*smaller, Decision(Action.KEEP, "exact is worth its bytes")]
 
 

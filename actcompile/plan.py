@@ -73,7 +73,8 @@ class SavedTensor:
     ``key`` names it across graphs, batch sizes and processes: module path, operator and, where these repeat, a number.
     ``shape`` holds the sizes of the traced call, ``nbytes`` and ``numel`` their product; ``symbolic_shape`` prints the
     symbols of a dynamic graph. ``obstacle`` says why it must stay exact, or is empty; ``movable`` whether a copy of it
-    elsewhere would free its memory; ``recomputation`` how the backward could do without it.
+    elsewhere would free its memory; ``is_part`` whether it lies in memory that is larger, all of which keeping it would
+    keep; ``recomputation`` how the backward could do without it.
     """
 
     key: str
@@ -91,6 +92,7 @@ class SavedTensor:
     index_range: int | None = None
     obstacle: str = ""
     movable: bool = True
+    is_part: bool = False
     recomputation: Recomputation | None = None
 
 
