@@ -2,7 +2,7 @@
 
 import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -49,6 +49,12 @@ def cost(segments: Sequence[Segment], leaves: frozenset[fx.Node], sizes: Mapping
     kept = {storage(node) for segment in segments for node in segment.inputs if node not in leaves}
     largest = max((sum(map(sizes.__getitem__, segment.nodes)) for segment in segments), default=0)
     return _AUTOGRAD_FACTOR * largest + sum(map(_nbytes, kept))
+
+
+def narrow(segments: Sequence[Segment], needed: Container[fx.Node], leaves: frozenset[fx.Node]) -> list[Segment]:
+    """The segments with only the nodes that are ``needed``."""
+    parts = [[node for node in segment.nodes if node in needed] for segment in segments]
+    return [Segment(tuple(part), _inputs(part, leaves)) for part in parts]
 
 
 def crossing_nbytes(nodes: Sequence[fx.Node], leaves: frozenset[fx.Node]) -> list[int]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from ._attention import ATTENTION_BACKWARD, ATTENTION_FORWARD, attention_backward
-from ._segments import Segment, cost, new_nbytes, split
+from ._segments import Segment, cost, narrow, new_nbytes, split
 from ._tiles import call_node, find_tilings, ordered, run_graph
 from .passes._fx import is_tensor
 from .passes.place_codecs import DECODERS
@@ -129,13 +129,15 @@ class Sweep:
             see: Takes each leaf and its cotangent, in the layout of the leaf's value, as soon as it is complete.
         """
         wanted = {node for node in targets if node in self.dependent}
+        segments = narrow(self.segments, sources_of(wanted), self.leaves)
         first_reader = {
             node: index
-            for index, segment in reversed(list(enumerate(self.segments)))
+            for index, segment in reversed(list(enumerate(segments)))
             for node in (*segment.inputs, *(self.leaves & segment.inside))
         }
+        self._kept = {node: value for node, value in self._kept.items() if node in first_reader}
         cotangents: dict[fx.Node, Tensor] = {}
-        for index, segment in reversed(list(enumerate(self.segments))):
+        for index, segment in reversed(list(enumerate(segments))):
             values, sources = self._forward(segment)
             reached = [n for n in segment.nodes if n not in self.leaves and (n in cotangents or n in wanted)]
             ends = [node for node in reached if _needs_grad(values[node])]
@@ -178,13 +180,18 @@ class Sweep:
 
     def behind_opaque(self) -> set[fx.Node]:
         """The leaves that an opaque operator reads, directly or not."""
-        pending, seen = list(self.opaque), set()
-        while pending:
-            node = pending.pop()
-            if node not in seen:
-                seen.add(node)
-                pending.extend(node.all_input_nodes)
-        return seen & self.leaves
+        return sources_of(self.opaque) & self.leaves
+
+
+def sources_of(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes, and all that they are computed from."""
+    pending, seen = list(nodes), set()
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            pending.extend(node.all_input_nodes)
+    return seen
 
 
 def _call(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:

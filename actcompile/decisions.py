@@ -61,7 +61,7 @@ def noise_of(row: SavedTensor, decision: Decision, profile: Profile) -> float:
     if decision.bits is None:
         return 0.0
     known = profile.sensitivities.get(row.key)
-    return math.inf if known is None else known.variance[decision.bits]
+    return math.inf if known is None else known.noise(decision.bits)
 
 
 def decide(row: SavedTensor, config: Config, bits: int | None) -> Decision:

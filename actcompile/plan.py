@@ -120,10 +120,16 @@ class Sensitivity:
         variance: Code bits -> E|g' - g|^2 over the trainable parameters when this tensor alone is rounded to them.
         method: How it was found: "probed" by the product through the backward graph, or "perturbed", by noise in this
             tensor alone.
+        excess: What a variance v grows by among other rounded tensors, in units of v^2.
     """
 
     variance: Mapping[int, float]
     method: str
+    excess: float = 0.0
+
+    def noise(self, bits: int) -> float:
+        """The tensor's part of E|g' - g|^2 when the others are rounded, too."""
+        return self.variance[bits] * (1 + self.excess * self.variance[bits])
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,7 @@ def _report_row(record: GraphRecord, row: SavedTensor) -> ReportRow:
     square = 0.0 if profile is None else profile.gradient_square
     noises: tuple[float | None, float | None] = (None, None)
     if known is not None and square:
-        noises = known.variance[DEFAULT_BITS] / square, known.variance[decision.bits] / square if decision.bits else 0.0
+        noises = known.variance[DEFAULT_BITS] / square, known.noise(decision.bits) / square if decision.bits else 0.0
     return ReportRow(
         name=row.name,
         op=row.op,

@@ -2,7 +2,7 @@
 
 Let g be the gradient of the trainable parameters, computed by the backward graph from saved tensors x. Independent
 rounding noise of variance V_i in the elements of one of them adds, to first order, the variance sum_i V_i |dg/dx_i|^2.
-With v ~ N(0, I) over g, one vector-Jacobian product through the backward graph yields u = d<v, g>/dx for all saved
+With random signs v over g, one vector-Jacobian product through the backward graph yields u = d<v, g>/dx for all saved
 tensors at once, and E[u_i^2] = |dg/dx_i|^2. V_i depends on the bits and on where x_i lies between two levels; its mean
 over each group is noted for every width while the forward encodes. One draw of v predicts the noise at every width.
 
@@ -21,7 +21,8 @@ this project's.
 
 import functools
 import logging
-from collections import Counter
+import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -47,8 +48,12 @@ dequantize = torch.ops.actcompile.dequantize.default
 
 # Share of what the operators of a graph take, one by one, that is left after compiled code has fused them.
 _FUSED = 0.5
-# Share of the batch that is probed: beside the backward itself, a product takes as long as 2.6 more of its samples.
-_SHARE = 0.75
+# Shares of the batch that are probed: as it is stored, and rounded once more. Beside the backward itself, a product
+# takes as long as 2.6 more of its samples.
+_SHARE = 0.6
+_ROUNDED_SHARE = 0.15
+# Bits of what is rounded once more.
+_FEW_BITS = 2
 # Mixed into the seed of the next probe.
 _NEXT = 2**31
 
@@ -154,27 +159,37 @@ class Probe:
         sweep, readers, dims = _sweep_of(sliced.graph, is_tiled=False), _readers(whole), sliced.dims
         given = {node.name: value for node, value in arguments.items()}
         length = sliced.size // sliced.count
-        num_parts = max(1, round(_SHARE * sliced.count))
-        sums: dict[str, Counter[int]] = {}
-        methods: dict[str, str] = {}
-        for index in range(num_parts):
+
+        def measure_part(index: int, is_rounded: bool) -> dict[str, Sensitivity]:
             part = Part(index * length, length, sliced.size)
             placeholders = {node: given[node.name] for node in sliced.graph.find_nodes(op="placeholder")}
             values = {n: cut(v, dims[n.name], part) if n.name in dims else v for n, v in placeholders.items()}
             decoders = {node: readers[node.name] for node in sweep.nodes if node.name in readers}
-            sweep.feed(
-                values,
-                {n: functools.partial(decode, r.func, r.args, dims[n.name], part) for n, r in decoders.items()},
-            )
+            reading = {n: functools.partial(decode, r.func, r.args, dims[n.name], part) for n, r in decoders.items()}
+            if is_rounded:
+                for leaf in sweep.leaves:
+                    reading[leaf] = functools.partial(self._round_again, reading[leaf], decoders[leaf].args[4], leaf)
+            sweep.feed(values, reading)
             sweep.run_and_keep()
-            for key, value in self._measure(sweep, counted, readers, part, index, dims).items():
-                sums.setdefault(key, Counter()).update(value.variance)  # type: ignore[arg-type]
-                methods[key] = value.method
-        scale = sliced.count / num_parts
-        return {
-            key: Sensitivity({bits: scale * total[bits] for bits in CODE_BITS}, methods[key])
-            for key, total in sums.items()
-        }
+            return self._measure(sweep, counted, readers, part, index, dims)
+
+        num_parts, num_rounded = (math.ceil(share * sliced.count) for share in (_SHARE, _ROUNDED_SHARE))
+        exact = [measure_part(index, is_rounded=False) for index in range(num_parts)]
+        rounded = [measure_part(index, is_rounded=True) for index in range(num_rounded)]
+        found = {}
+        for key, first in exact[0].items():
+            noises = {
+                bits: sum(one[key].variance[bits] for one in exact) * sliced.count / num_parts for bits in CODE_BITS
+            }
+            ratio = _ratio([one[key] for one in rounded], [one[key] for one in exact[:num_rounded]])
+            found[key] = Sensitivity(noises, first.method, _excess(noises[_FEW_BITS], ratio))
+        return found
+
+    def _round_again(self, read: Callable[[], Tensor], group_size: int, leaf: fx.Node) -> Tensor:
+        """What ``read`` gives, on fewer bits."""
+        value, salt = read(), zlib.crc32(leaf.meta[ROW_KEY].encode())
+        codes = quantize(value, _FEW_BITS, group_size, torch.tensor(self._seed, device=value.device), salt)
+        return dequantize(*codes, _FEW_BITS, group_size, value.shape, value.stride(), value.dtype)
 
     def _measure(
         self,
@@ -203,3 +218,23 @@ def _sweep_of(graph: fx.Graph, is_tiled: bool = True) -> Sweep:
 
 def _readers(sweep: Sweep) -> dict[str, "functools.partial[Tensor]"]:
     return {node.name: reader for node, reader in sweep.readers.items()}
+
+
+def _ratio(some: Sequence[Sensitivity], others: Sequence[Sensitivity]) -> float:
+    """How many times the noise of ``others`` that of ``some`` is."""
+    noise, usual = (sum(part.variance[_FEW_BITS] for part in parts) for parts in (some, others))
+    return noise / usual if usual else 1.0
+
+
+def _excess(noise: float, ratio: float) -> float:
+    """What pairs of tensors add: queries and keys on few bits, say, more than each of them alone.
+
+    To second order that is V_i V_j |d^2 g / dx_i dx_j|^2 for each pair. Where all tensors are rounded to few bits, the
+    square of a product is larger by V_j |d^2 g / dx_i dx_j|^2, summed over j. The others are taken to have as many bits
+    as the tensor itself, and each of a pair has half of what both add.
+
+    Args:
+        noise: Of the tensor on few bits, to first order.
+        ratio: How many times as large the squares are where all tensors have few bits.
+    """
+    return max(0.0, ratio - 1) / 2 / noise if noise else 0.0

@@ -110,9 +110,11 @@ def mean_noise(noise: Callable[[Iterable[int]], list[float]], draws: int) -> tup
 
 
 def predicted(bits: Mapping[str, int], profile: Profile) -> float:
-    """The noise of tensors with so many bits."""
-    known = profile.sensitivities
-    return sum(known[key].variance[width] for key, width in bits.items() if key in known)
+    """The noise of tensors with so many bits; of several together more than of each alone."""
+    known = {key: profile.sensitivities[key] for key in bits if key in profile.sensitivities}
+    if len(known) == 1:
+        return sum(value.variance[bits[key]] for key, value in known.items())
+    return sum(value.noise(bits[key]) for key, value in known.items())
 
 
 def code_bits(plan: Plan) -> dict[str, int]:

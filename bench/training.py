@@ -1,8 +1,8 @@
 """Training with exact and with compressed activations: ``python -m bench.training``.
 
 Two tasks (bench/tasks.py), every variant with the same seeds: the seed decides initial weights, dropout and the order
-of the data. After each run one row is appended to bench/results/training.csv; the tables are made from all rows of that
-file that were measured at the same commit, so that runs may be spread over several calls.
+of the data. After each run one row is appended to bench/results/training.csv; a run that this commit has a row of is
+left out, and the tables are made from the last row of each run, so that runs may be spread over several calls.
 """
 
 import argparse
@@ -95,10 +95,12 @@ def _mean_and_spread(values: Sequence[float]) -> str:
 
 
 def known_rows() -> list[dict[str, str]]:
-    """Rows that this commit has measured."""
-    commit = environment()["commit"].rstrip("+")
-    rows = read_rows("training", ("task", "variant", "seed"))
-    return [row for row in rows if row["commit"].rstrip("+") == commit]
+    """The last row of each run."""
+    return read_rows("training", ("task", "variant", "seed"))
+
+
+def _is_of_this_commit(row: Mapping[str, str]) -> bool:
+    return row["commit"].rstrip("+") == environment()["commit"].rstrip("+")
 
 
 def main() -> None:
@@ -114,7 +116,9 @@ def main() -> None:
     for task in arguments.tasks:
         for seed in arguments.seeds:
             for variant in arguments.variants:
-                done = {(row["task"], row["variant"], int(row["seed"])) for row in known_rows()}
+                done = {
+                    (row["task"], row["variant"], int(row["seed"])) for row in known_rows() if _is_of_this_commit(row)
+                }
                 if arguments.steps:
                     print(run(task, variant, seed, arguments.data, arguments.steps), flush=True)
                 elif arguments.again or (task, variant, seed) not in done:

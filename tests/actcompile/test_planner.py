@@ -140,7 +140,7 @@ def total_nbytes(graph: ProbedGraph, plan: Plan) -> int:
 
 def total_noise(graph: ProbedGraph, plan: Plan) -> float:
     known = graph.profile.sensitivities
-    return sum(known[key].variance[plan[key].bits] for key in plan if plan[key].bits is not None)
+    return sum(known[key].noise(plan[key].bits) for key in plan if plan[key].bits is not None)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 3.7, 4, 8])
@@ -415,7 +415,7 @@ def test_noise_and_mean_bits_are_reached_before_everything_is_offloaded() -> Non
 
 
 def test_two_thousand_tensors_are_planned_in_less_than_half_a_second() -> None:
-    """The budget asks for about half of them to be moved. What other tests have left in memory is not collected meanwhile."""
+    """The budget asks for about half of them to be moved. Garbage of other tests is not collected meanwhile."""
     graph = probed({str(i): 10.0 ** -(i % 7) for i in range(2000)}, numel=2**20)
     budget = 1000 * 2**19
     times_s = []

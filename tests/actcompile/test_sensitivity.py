@@ -136,3 +136,17 @@ def test_rounding_variance_of_odd_groups() -> None:
     predicted = rounding_variance(x, (4,), 256)
     assert predicted.shape == (3, 1)
     assert predicted[0, 0] == 0 and predicted[1, 0] > 0 and predicted[2, 0] == 0
+
+
+@pytest.mark.parametrize("name", ["gpt", "bert"])
+def test_pairs_of_tensors_on_few_bits_are_counted(name: str) -> None:
+    """Queries and keys on one bit each add several times what both add alone."""
+    task = TASKS[name]()
+    rows, profile = probed(task)
+    known = profile.sensitivities
+    pairs = [key for key in known if "permute" in key]
+    codec = Decision(Action.QUANTIZE, "test", bits=1, group_size=256)
+    found = measured(task, Plan({**dict.fromkeys(rows, KEEP), **dict.fromkeys(pairs, codec)}), 16)
+    alone, together = sum(known[key].variance[1] for key in pairs), sum(known[key].noise(1) for key in pairs)
+    assert alone < 0.4 * found
+    assert 0.7 < together / found < 1.6

@@ -46,7 +46,9 @@ def found(call_again: list[Profile], monkeypatch: pytest.MonkeyPatch, scale: dic
             profile = call_again[0]
             self.profile = Profile(  # type: ignore[attr-defined]
                 {
-                    key: Sensitivity({b: v * scale.get(key.split("/")[-1], 1) for b, v in s.variance.items()}, s.method)
+                    key: Sensitivity(
+                        {b: v * scale.get(key.split("/")[-1], 1) for b, v in s.variance.items()}, s.method, s.excess
+                    )
                     for key, s in profile.sensitivities.items()
                 },
                 profile.gradient_square,
