@@ -1,8 +1,7 @@
 """The largest batch: what ``max_batch_size`` predicts against what the meter finds by bisection.
 
-The bisection runs real compiled steps, their batch a symbol so that one compilation serves all, and takes parameters,
-buffers, the batch and the measured peak of a step that starts without gradients. The prediction is for code compiled
-for one batch: where the code for any batch takes more memory, as that of BERT without recomputation, they differ.
+The bisection compiles a step for each batch that it tries, as training with that batch would, and takes parameters,
+buffers, the batch and the measured peak of a step that starts without gradients.
 """
 
 import argparse
@@ -48,7 +47,14 @@ def compare(model: str, settings: str, memory: str) -> dict[str, Any]:
 
     predicted = actcompile.max_batch_size(step, *workload.batch, memory=memory, config=config)
     nbytes = parse_nbytes(memory)
-    bisected = bisect_batch(workload, torch.compile(step, backend="act", options={"config": config}), nbytes, predicted)
+
+    def fits(size: int) -> bool:
+        torch._dynamo.reset()
+        actcompile.reset()
+        compiled = torch.compile(step, backend="act", dynamic=False, options={"config": config})
+        return training_nbytes(workload, compiled, resized(workload.batch, size)) <= nbytes
+
+    bisected = largest(fits, predicted)
     return {
         "model": model,
         "settings": settings,
@@ -59,26 +65,31 @@ def compare(model: str, settings: str, memory: str) -> dict[str, Any]:
     }
 
 
-def bisect_batch(workload: Workload, compiled: Callable[..., Tensor], memory_nbytes: int, guess: int) -> int:
-    """The largest batch whose measured step stays within ``memory_nbytes``, looked for up to twice the guess."""
-    lasting = sum(value.nbytes for value in (*workload.model.parameters(), *workload.model.buffers()))
+def largest(fits: Callable[[int], bool], guess: int) -> int:
+    """The largest number that ``fits``, 0 when none does; looked for around ``guess`` first."""
+    low, high, width = 0, guess, max(1, guess // 16)
+    if fits(guess):
+        low, high = guess, guess + width
+        while fits(high):
+            low, width = high, 2 * width
+            high = low + width
+    else:
+        while high - width > 0 and not fits(high - width):
+            high, width = high - width, 2 * width
+        low = max(0, high - width)
+    return low + bisect.bisect_left(range(low + 1, high), True, key=lambda size: not fits(size))
 
-    def measured(size: int) -> int:
-        batch = resized(workload.batch, size)
-        return lasting + sum(value.nbytes for value in batch) + step_peak(workload, compiled, batch)
 
-    measured(EXAMPLE_BATCH)
-    return bisect.bisect_right(range(2, 2 * guess), memory_nbytes, key=measured) + 1
+def training_nbytes(workload: Workload, compiled: Callable[..., Tensor], batch: Batch) -> int:
+    """The most bytes at once while training on ``batch``, parameters and batch included."""
+    lasting = sum(value.nbytes for value in (*workload.model.parameters(), *workload.model.buffers(), *batch))
+    step_peak(workload, compiled, batch)
+    return lasting + step_peak(workload, compiled, batch)
 
 
 def resized(batch: Batch, size: int) -> Batch:
-    """``batch`` repeated or cut to ``size`` samples, its first dimension a symbol for the compiler."""
-    result = []
-    for value in batch:
-        repeated = value[torch.arange(size, device=value.device) % value.shape[0]]
-        torch._dynamo.mark_dynamic(repeated, 0)
-        result.append(repeated)
-    return tuple(result)
+    """``batch`` repeated or cut to ``size`` samples."""
+    return tuple(value[torch.arange(size, device=value.device) % value.shape[0]] for value in batch)
 
 
 def step_peak(workload: Workload, compiled: Callable[..., Tensor], batch: Batch) -> int:
