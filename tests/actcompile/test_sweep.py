@@ -78,10 +78,9 @@ def test_segments_change_nothing(name: str, count: int, monkeypatch: pytest.Monk
     assert len(sweep.segments) == 1
     whole = cotangents(sweep, targets)
     assert len(whole) > 1
-    crossing = _segments.crossing_nbytes(sweep.nodes, sweep.leaves)
-    sweep.segments = _segments.cut(
-        sweep.nodes, sweep.leaves, crossing, _segments.new_nbytes(sweep.nodes), max(crossing), count
-    )
+    crossing, sizes = _segments.crossing_nbytes(sweep.nodes, sweep.leaves), _segments.new_nbytes(sweep.nodes)
+    (places,) = _segments.starts(sweep.nodes, crossing, sizes, max(crossing), [count])
+    sweep.segments = _segments.cut(sweep.nodes, sweep.leaves, places)
     assert len(sweep.segments) > 1
     torch.testing.assert_close(cotangents(sweep, targets), whole)
     assert not sweep._kept
