@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from ._attention import ATTENTION_BACKWARD, ATTENTION_FORWARD, attention_backward
 from ._segments import Segment, cost, new_nbytes, split
 from ._tiles import call_node, find_tilings, ordered, run_graph
-from .passes._fx import is_tensor
+from .passes._fx import graph_outputs, is_tensor
 from .passes.place_codecs import DECODERS
 
 # Names of the autograd functions of operators without a derivative; those of prims only raise.
@@ -69,14 +69,14 @@ class Sweep:
 
     def run(self, change: Mapping[fx.Node, Callable[[Tensor], Tensor]] | None = None) -> list[Any]:
         """The results of the graph, with the values of some leaves changed; keeps nothing."""
-        return self._run(frozenset(), change or {})
+        return self._run(self.nodes, graph_outputs(self.graph), frozenset(), change or {})
 
     def run_last(self) -> list[Any]:
         """The results of the graph; lets go of its arguments meanwhile, so that nothing can run behind it."""
         values, self._arguments, self.readers = self._arguments, {}, {}
         pieces = find_tilings(self.nodes) if self._is_tiled else self.nodes
         with torch.no_grad():
-            return run_graph(pieces, self.graph, values, None, call_node)
+            return run_graph(pieces, graph_outputs(self.graph), values, None, call_node)
 
     def note_readers(self) -> None:
         """Notes how to read what is stored in codes, as running the graph does."""
@@ -91,11 +91,28 @@ class Sweep:
 
     def run_and_keep(self) -> list[Any]:
         """The results of the graph; keeps what ``pull_back`` starts from."""
-        crossing = {node for segment in self.segments for node in segment.inputs}
-        return self._run(frozenset(crossing - self.leaves), {})
+        return self._run(self.nodes, graph_outputs(self.graph), self._crossing(), {})
+
+    def keep(self) -> None:
+        """Keeps what ``pull_back`` starts from, and computes only that; how to read the leaves has to be given."""
+        crossing = self._crossing()
+        needed = set(crossing)
+        for node in reversed(self.nodes):
+            if node in needed:
+                needed.update(node.all_input_nodes)
+        self._run([node for node in self.nodes if node in needed], [], crossing, {})
+
+    def _crossing(self) -> frozenset[fx.Node]:
+        return frozenset(node for segment in self.segments for node in segment.inputs) - self.leaves
 
     @torch.no_grad()
-    def _run(self, kept: frozenset[fx.Node], change: Mapping[fx.Node, Callable[[Tensor], Tensor]]) -> list[Any]:
+    def _run(
+        self,
+        nodes: Sequence[fx.Node],
+        results: Sequence[Any],
+        kept: frozenset[fx.Node],
+        change: Mapping[fx.Node, Callable[[Tensor], Tensor]],
+    ) -> list[Any]:
         def evaluate(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
             if (node in self.leaves or node.target in DECODERS) and node not in self.readers:
                 args = fx.node.map_arg(node.args, values.__getitem__)
@@ -105,11 +122,11 @@ class Sweep:
                 value = change[node](value)
             return value
 
-        pieces = find_tilings(self.nodes, change, kept) if self._is_tiled else self.nodes
+        pieces = find_tilings(nodes, change, kept) if self._is_tiled else nodes
         values = dict(self._arguments)
-        results = run_graph(pieces, self.graph, values, self.readers, evaluate, kept)
+        computed = run_graph(pieces, results, values, self.readers, evaluate, kept)
         self._kept = {node: values[node] for node in kept}
-        return results
+        return computed
 
     def _value(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         return self.readers[node]() if node in self.readers else _call(node, values)
@@ -121,7 +138,7 @@ class Sweep:
         draw: Callable[[fx.Node, Tensor], Tensor],
         see: Callable[[fx.Node, Tensor], None],
     ) -> None:
-        """One vector-Jacobian product; needs ``run_and_keep`` before it.
+        """One vector-Jacobian product; needs ``run_and_keep`` or ``keep`` before it.
 
         Args:
             targets: Results of the graph that have a cotangent.

@@ -95,7 +95,8 @@ class Probe:
     def _forward(self, graph: fx.GraphModule, args: list[Any]) -> Any:
         arguments = dict(zip(graph.graph.find_nodes(op="placeholder"), args, strict=True))
         args.clear()
-        return run_graph(find_tilings(ordered(graph.graph)), graph.graph, arguments, {}, self._note_rounding)
+        pieces, results = find_tilings(ordered(graph.graph)), graph_outputs(graph.graph)
+        return run_graph(pieces, results, arguments, {}, self._note_rounding)
 
     def _note_rounding(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         """The operator's result; of what is encoded, the rounding noise of every group is noted first."""
@@ -166,7 +167,7 @@ class Probe:
                 values,
                 {n: functools.partial(decode, r.func, r.args, dims[n.name], part) for n, r in decoders.items()},
             )
-            sweep.run_and_keep()
+            sweep.keep()
             for key, value in self._measure(sweep, counted, readers, part, index, dims).items():
                 sums.setdefault(key, Counter()).update(value.variance)  # type: ignore[arg-type]
                 methods[key] = value.method
