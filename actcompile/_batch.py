@@ -1,6 +1,6 @@
 """Finds where the batch lies in the tensors of a pair of graphs.
 
-Both graphs are propagated on fake tensors with a batch several times as large (_growth.py): the dimension of a result
+Both graphs are propagated on meta tensors with a batch several times as large (_growth.py): the dimension of a result
 that grew with it is the one that holds the batch. Every length that the batch may have is tried.
 """
 

@@ -1,4 +1,4 @@
-"""Both graphs of a pair on fake tensors, with a batch several times as large as the traced one.
+"""Both graphs of a pair on meta tensors, with a batch several times as large as the traced one.
 
 Traced graphs hold sizes as numbers. Numbers that are sizes grow with the batch
 
@@ -18,10 +18,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ._seeded import RANDOM
-from ._torch import quiet_fake_tensors
 from .passes._fx import GraphPair, Slot, graph_outputs, hint, is_tensor
 from .passes._views import value_chain
 from .passes.place_codecs import DECODERS, ENCODERS
@@ -55,7 +53,7 @@ class WrongGuessError(NotSeparableError):
 
 
 class Growth:
-    """Both graphs on fake tensors, the batch ``_GROWTH`` times as large.
+    """Both graphs on meta tensors, the batch ``_GROWTH`` times as large.
 
     Args:
         pair: The graphs, with codecs.
@@ -75,8 +73,7 @@ class Growth:
         self._is_forward = True
         self._lengths = {size}
         self._values: dict[fx.Node, Any] = {}
-        self._mode = FakeTensorMode()
-        with self._mode, torch.no_grad(), quiet_fake_tensors():
+        with torch.no_grad():
             self._run_forward()
             self._run_backward()
 
@@ -132,7 +129,7 @@ class Growth:
         raise NotSeparableError(f"{tangent} belongs to no output")
 
     def _enter(self, node: fx.Node, dim: int | None) -> None:
-        """Gives ``node``, whose value comes from outside, a fake one."""
+        """Gives ``node``, whose value comes from outside, one without data."""
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor):
             grows = isinstance(value, torch.SymInt) and hint(value) == self._size
@@ -142,9 +139,8 @@ class Growth:
         if dim is not None:
             shape[dim] *= _GROWTH
             self._note(node, dim)
-        fake = torch.empty(shape, dtype=value.dtype, device=value.device)
         order = sorted(range(len(shape)), key=lambda d: (-hint(value.stride(d)), d))
-        self._values[node] = torch.empty_permuted(shape, order, dtype=fake.dtype, device=fake.device)
+        self._values[node] = torch.empty_permuted(shape, order, dtype=value.dtype, device="meta")
 
     def _note(self, node: fx.Node, dim: int) -> None:
         self.dims[node.name] = dim
@@ -154,7 +150,7 @@ class Growth:
         """Runs ``node`` and notes which dimension of its result grew."""
         if node.op == "get_attr":
             value = operator.attrgetter(str(node.target))(node.graph.owning_module)
-            self._values[node] = self._mode.from_tensor(value)
+            self._values[node] = value.to("meta")
             return
         if node.target in ENCODERS or any(self._values.get(source) is _CODES for source in node.all_input_nodes):
             self._values[node] = _CODES
@@ -173,7 +169,9 @@ class Growth:
 
     def _run(self, node: fx.Node, grow: bool = False) -> None:
         args: list[Any] = list(fx.node.map_arg(node.args, self._values.__getitem__))
-        kwargs: dict[str, Any] = fx.node.map_arg(node.kwargs, self._values.__getitem__)
+        kwargs: dict[str, Any] = dict(fx.node.map_arg(node.kwargs, self._values.__getitem__))
+        if "device" in kwargs:
+            kwargs["device"] = torch.device("meta")
         position = sizes_position(node)
         if position is not None:
             args[position] = self._sizes(node, grow)

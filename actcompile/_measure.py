@@ -49,7 +49,7 @@ def measure(
     roundings: Mapping[str, Rounding],
     seed: int,
 ) -> dict[str, Sensitivity]:
-    """Sensitivities by row key; needs ``run_and_keep`` before it.
+    """Sensitivities by row key; needs ``run_and_keep`` or ``keep`` before it.
 
     Args:
         sweep: The backward.

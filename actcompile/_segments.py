@@ -1,5 +1,6 @@
 """Cuts a backward graph into segments, so that a vector-Jacobian product through it takes little memory."""
 
+import bisect
 import itertools
 import operator
 from collections.abc import Container, Mapping, Sequence
@@ -34,14 +35,11 @@ class Segment:
 def split(nodes: Sequence[fx.Node], leaves: frozenset[fx.Node]) -> list[Segment]:
     """The segments that together with what is kept between them take the least memory."""
     crossing, sizes = crossing_nbytes(nodes, leaves), new_nbytes(nodes)
-    best: tuple[float, list[Segment]] | None = None
-    for limit in sorted(set(crossing))[:: max(1, len(set(crossing)) // _LIMITS)]:
-        for count in _COUNTS:
-            segments = cut(nodes, leaves, crossing, sizes, limit, count)
-            nbytes = cost(segments, leaves, sizes)
-            if best is None or nbytes < best[0]:
-                best = nbytes, segments
-    return [] if best is None else best[1]
+    limits = sorted(set(crossing))[:: max(1, len(set(crossing)) // _LIMITS)]
+    # Many limits cut at the same places.
+    tried = {places for limit in limits for places in starts(nodes, crossing, sizes, limit, _COUNTS)}
+    candidates = [cut(nodes, leaves, places) for places in sorted(tried)]
+    return min(candidates, key=lambda segments: cost(segments, leaves, sizes), default=[])
 
 
 def cost(segments: Sequence[Segment], leaves: frozenset[fx.Node], sizes: Mapping[fx.Node, int]) -> float:
@@ -73,25 +71,37 @@ def crossing_nbytes(nodes: Sequence[fx.Node], leaves: frozenset[fx.Node]) -> lis
     return list(itertools.accumulate(changes))[: len(nodes)]
 
 
-def cut(
-    nodes: Sequence[fx.Node],
-    leaves: frozenset[fx.Node],
-    crossing: Sequence[int],
-    sizes: Mapping[fx.Node, int],
-    limit: int,
-    count: int,
-) -> list[Segment]:
-    """At most ``count`` segments, cut where no more than ``limit`` bytes cross; tuples stay with what unpacks them."""
-    size = sum(sizes.values()) / count
-    parts: list[list[fx.Node]] = []
-    filled = 0
-    for node, nbytes in zip(nodes, crossing, strict=True):
-        if not parts or (filled >= size and nbytes <= limit and node.target is not operator.getitem):
-            parts.append([])
-            filled = 0
-        parts[-1].append(node)
-        filled += sizes[node]
-    return [Segment(tuple(part), _inputs(part, leaves)) for part in parts]
+def starts(
+    nodes: Sequence[fx.Node], crossing: Sequence[int], sizes: Mapping[fx.Node, int], limit: int, counts: Sequence[int]
+) -> list[tuple[int, ...]]:
+    """For each of ``counts``, where at most as many segments begin: where no more than ``limit`` bytes cross.
+
+    Tuples stay with what unpacks them.
+    """
+    is_cut = [
+        nbytes <= limit and node.target is not operator.getitem for node, nbytes in zip(nodes, crossing, strict=True)
+    ]
+    allowed = list(itertools.compress(range(len(nodes)), is_cut))
+    # Of what is computed before each node, and in the end.
+    filled = list(itertools.accumulate(map(sizes.__getitem__, nodes), initial=0))
+    return [_starts(allowed, filled, filled[-1] / count) for count in counts]
+
+
+def _starts(allowed: Sequence[int], filled: Sequence[int], nbytes: float) -> tuple[int, ...]:
+    """Those of ``allowed`` behind which, each time, ``nbytes`` are filled."""
+    places = [0]
+    while True:
+        full = bisect.bisect_left(filled, filled[places[-1]] + nbytes)
+        behind = bisect.bisect_left(allowed, max(full, places[-1] + 1))
+        if behind == len(allowed):
+            return tuple(places)
+        places.append(allowed[behind])
+
+
+def cut(nodes: Sequence[fx.Node], leaves: frozenset[fx.Node], places: Sequence[int]) -> list[Segment]:
+    """The segments that begin at ``places``."""
+    parts = [tuple(nodes[start:stop]) for start, stop in zip(places, [*places[1:], len(nodes)], strict=True)]
+    return [Segment(part, _inputs(part, leaves)) for part in parts]
 
 
 def _inputs(group: Sequence[fx.Node], leaves: frozenset[fx.Node]) -> tuple[fx.Node, ...]:

@@ -28,7 +28,7 @@ class SlicedBackward:
     """A backward graph for ``size // count`` samples of ``size``.
 
     ``graph`` has the same nodes as the whole backward, by name. ``dims`` says where the batch lies in their values;
-    what is not there has none.
+    what is not there has none. Their noted values have the right shapes and dtypes, on no device.
     """
 
     graph: fx.Graph
@@ -70,7 +70,7 @@ def slice_backward(pair: GraphPair, size: int, dims: Mapping[str, int], count: i
             continue
         shape = [hint(length) for length in node.meta["val"].shape]
         shape[dims[node.name]] = shape[dims[node.name]] // size * (size // count)
-        copy.meta["val"] = node.meta["val"].new_empty(shape)
+        copy.meta["val"] = torch.empty(shape, dtype=node.meta["val"].dtype, device="meta")
         position = sizes_position(node)
         if position is not None:
             copy.update_arg(position, shape)

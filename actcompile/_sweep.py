@@ -7,7 +7,7 @@ Operators that autograd cannot differentiate are opaque: nothing passes through 
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, MutableMapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from ._attention import ATTENTION_BACKWARD, ATTENTION_FORWARD, attention_backward
 from ._segments import Segment, cost, narrow, new_nbytes, split
 from ._tiles import call_node, find_tilings, ordered, run_graph
-from .passes._fx import is_tensor
+from .passes._fx import graph_outputs, is_tensor
 from .passes.place_codecs import DECODERS
 
 # Names of the autograd functions of operators without a derivative; those of prims only raise.
@@ -69,14 +69,14 @@ class Sweep:
 
     def run(self, change: Mapping[fx.Node, Callable[[Tensor], Tensor]] | None = None) -> list[Any]:
         """The results of the graph, with the values of some leaves changed; keeps nothing."""
-        return self._run(frozenset(), change or {})
+        return self._run(self.nodes, graph_outputs(self.graph), frozenset(), change or {})
 
     def run_last(self) -> list[Any]:
         """The results of the graph; lets go of its arguments meanwhile, so that nothing can run behind it."""
         values, self._arguments, self.readers = self._arguments, {}, {}
         pieces = find_tilings(self.nodes) if self._is_tiled else self.nodes
         with torch.no_grad():
-            return run_graph(pieces, self.graph, values, None, call_node)
+            return run_graph(pieces, graph_outputs(self.graph), values, None, call_node)
 
     def note_readers(self) -> None:
         """Notes how to read what is stored in codes, as running the graph does."""
@@ -91,11 +91,28 @@ class Sweep:
 
     def run_and_keep(self) -> list[Any]:
         """The results of the graph; keeps what ``pull_back`` starts from."""
-        crossing = {node for segment in self.segments for node in segment.inputs}
-        return self._run(frozenset(crossing - self.leaves), {})
+        return self._run(self.nodes, graph_outputs(self.graph), self._crossing(), {})
+
+    def keep(self) -> None:
+        """Keeps what ``pull_back`` starts from, and computes only that; how to read the leaves has to be given."""
+        crossing = self._crossing()
+        needed = set(crossing)
+        for node in reversed(self.nodes):
+            if node in needed:
+                needed.update(node.all_input_nodes)
+        self._run([node for node in self.nodes if node in needed], [], crossing, {})
+
+    def _crossing(self) -> frozenset[fx.Node]:
+        return frozenset(node for segment in self.segments for node in segment.inputs) - self.leaves
 
     @torch.no_grad()
-    def _run(self, kept: frozenset[fx.Node], change: Mapping[fx.Node, Callable[[Tensor], Tensor]]) -> list[Any]:
+    def _run(
+        self,
+        nodes: Sequence[fx.Node],
+        results: Sequence[Any],
+        kept: frozenset[fx.Node],
+        change: Mapping[fx.Node, Callable[[Tensor], Tensor]],
+    ) -> list[Any]:
         def evaluate(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
             if (node in self.leaves or node.target in DECODERS) and node not in self.readers:
                 args = fx.node.map_arg(node.args, values.__getitem__)
@@ -105,11 +122,11 @@ class Sweep:
                 value = change[node](value)
             return value
 
-        pieces = find_tilings(self.nodes, change, kept) if self._is_tiled else self.nodes
+        pieces = find_tilings(nodes, change, kept) if self._is_tiled else nodes
         values = dict(self._arguments)
-        results = run_graph(pieces, self.graph, values, self.readers, evaluate, kept)
+        computed = run_graph(pieces, results, values, self.readers, evaluate, kept)
         self._kept = {node: values[node] for node in kept}
-        return results
+        return computed
 
     def _value(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         return self.readers[node]() if node in self.readers else _call(node, values)
@@ -121,7 +138,7 @@ class Sweep:
         draw: Callable[[fx.Node, Tensor], Tensor],
         see: Callable[[fx.Node, Tensor], None],
     ) -> None:
-        """One vector-Jacobian product; needs ``run_and_keep`` before it.
+        """One vector-Jacobian product; needs ``run_and_keep`` or ``keep`` before it.
 
         Args:
             targets: Results of the graph that have a cotangent.
@@ -138,44 +155,66 @@ class Sweep:
         self._kept = {node: value for node, value in self._kept.items() if node in first_reader}
         cotangents: dict[fx.Node, Tensor] = {}
         for index, segment in reversed(list(enumerate(segments))):
-            values, sources = self._forward(segment)
-            reached = [n for n in segment.nodes if n not in self.leaves and (n in cotangents or n in wanted)]
-            ends = [node for node in reached if _needs_grad(values[node])]
-            directions = [_sum(cotangents.get(n), draw(n, values[n]) if n in wanted else None) for n in ends]
-            found: Sequence[Tensor | None] = [None] * len(sources)
-            if ends and sources:
-                ends_values = [values[node] for node in ends]
-                found = torch.autograd.grad(ends_values, list(sources.values()), directions, allow_unused=True)
-            del values
-            for node in segment.nodes:
-                if node not in self.leaves:
-                    cotangents.pop(node, None)
-            for (node, value), gradient in zip(sources.items(), found, strict=True):
-                if gradient is not None:
-                    total = _sum(cotangents.get(node), gradient)
-                    cotangents[node] = total if node not in self.leaves else torch.empty_like(value).copy_(total)
-                if node in self.leaves and first_reader[node] == index and node in cotangents:
-                    see(node, cotangents.pop(node))
-            for node in segment.inputs:
+            directions = {node: cotangents.pop(node) for node in cotangents.keys() & (segment.inside - self.leaves)}
+            for node, cotangent in self._pull_back_through(segment, wanted, directions, draw).items():
+                cotangents[node] = _sum(cotangents.get(node), cotangent)
+                del cotangent
+            for node in (*segment.inputs, *(self.leaves & segment.inside)):
                 if first_reader[node] == index:
                     self._kept.pop(node, None)
+                    if node in self.leaves and node in cotangents:
+                        see(node, cotangents.pop(node))
 
-    def _forward(self, segment: Segment) -> tuple[dict[fx.Node, Any], dict[fx.Node, Tensor]]:
-        """Values of a segment under autograd, and its sources: leaves, and inputs that depend on them."""
+    def _pull_back_through(
+        self,
+        segment: Segment,
+        wanted: Container[fx.Node],
+        directions: dict[fx.Node, Tensor],
+        draw: Callable[[fx.Node, Tensor], Tensor],
+    ) -> dict[fx.Node, Tensor]:
+        """The cotangents of what a segment reads, given those of its results; nothing else is left of it."""
+        ends = [node for node in segment.nodes if node not in self.leaves and (node in directions or node in wanted)]
+        values, sources = self._forward(segment, ends)
+        ends = [node for node in ends if _needs_grad(values[node])]
+        if not ends or not sources:
+            return {}
+        for node in ends:
+            if node in wanted:
+                directions[node] = _sum(directions.get(node), draw(node, values[node]))
+        found = torch.autograd.grad(
+            [values[node] for node in ends],
+            list(sources.values()),
+            [directions.pop(node) for node in ends],
+            allow_unused=True,
+        )
+        return {
+            node: torch.empty_like(value).copy_(cotangent) if node in self.leaves else cotangent
+            for (node, value), cotangent in zip(sources.items(), found, strict=True)
+            if cotangent is not None
+        }
+
+    def _forward(self, segment: Segment, ends: Iterable[fx.Node]) -> tuple[dict[fx.Node, Any], dict[fx.Node, Tensor]]:
+        """Values of ``ends``, computed under autograd, and the sources: leaves, and inputs that depend on them."""
         values: dict[fx.Node, Any] = dict(self._arguments)
         sources: dict[fx.Node, Tensor] = {}
+        last = {source: node for node in segment.nodes for source in (node, *node.all_input_nodes)}
+        expiring: dict[fx.Node, list[fx.Node]] = {}
+        for node in last.keys() - set(ends):
+            expiring.setdefault(last[node], []).append(node)
         for node in (*segment.inputs, *segment.nodes):
             if node in self.leaves or node not in segment.inside:
                 value = self.readers[node]() if node in self.leaves else self._kept[node]
                 if node in self.dependent and isinstance(value, Tensor) and value.is_floating_point():
                     value = sources[node] = value.detach().requires_grad_()
                 values[node] = value
-                continue
-            with torch.set_grad_enabled(node in self.dependent):
-                values[node] = self._value(node, values)
-            if _is_opaque(values[node]):
-                self.opaque.add(node)
-                values[node] = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, values[node])
+            else:
+                with torch.set_grad_enabled(node in self.dependent):
+                    values[node] = self._value(node, values)
+                if _is_opaque(values[node]):
+                    self.opaque.add(node)
+                    values[node] = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, values[node])
+            for done in expiring.get(node, ()) if node in segment.inside else ():
+                values.pop(done, None)
         return values, sources
 
     def behind_opaque(self) -> set[fx.Node]:

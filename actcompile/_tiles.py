@@ -23,7 +23,6 @@ from torch import Tensor, fx
 from ._rowwise import VIEWS, Run, find_runs, is_sum
 from ._seeded import RANDOM
 from ._slices import Part, decode
-from .passes._fx import graph_outputs
 from .passes._views import ALIAS_OPS
 from .passes.place_codecs import DECODERS
 
@@ -165,23 +164,23 @@ def _count(run: Run) -> int:
 
 def run_graph(
     pieces: Sequence[fx.Node | Tiling],
-    graph: fx.Graph,
+    results: Sequence[Any],
     values: MutableMapping[fx.Node, Any],
     readers: MutableMapping[fx.Node, Any] | None,
     evaluate: Callable[[fx.Node, Mapping[fx.Node, Any]], Any],
     kept: Container[fx.Node] = (),
 ) -> list[Any]:
-    """The results of ``graph``, whose operators are ``pieces``.
+    """The values of ``results``.
 
     Args:
-        pieces: From ``find_tilings``.
-        graph: The graph.
-        values: Its arguments. Every value leaves it when nobody reads it any more.
+        pieces: From ``find_tilings``: the operators that compute them.
+        results: Nodes, or what is returned as it is.
+        values: Arguments of the graph. Every value leaves it when nobody reads it any more.
         readers: How to read what is stored in codes; what is missing is noted, unless there is none.
         evaluate: Computes an operator that is no part of a run.
         kept: What stays in ``values``.
     """
-    returned = set(graph.output_node().all_input_nodes)
+    returned = {node for node in results if isinstance(node, fx.Node)}
     last: dict[fx.Node, int] = {}
     for position, piece in enumerate(pieces):
         for node in piece.nodes if isinstance(piece, Tiling) else (piece,):
@@ -200,7 +199,7 @@ def run_graph(
             values[piece] = evaluate(piece, values)
         for node in expiring.get(position, ()):
             values.pop(node, None)
-    return [values[node] if isinstance(node, fx.Node) else node for node in graph_outputs(graph)]
+    return [values[node] if isinstance(node, fx.Node) else node for node in results]
 
 
 def _writes_in_place(node: fx.Node) -> bool:

@@ -3,7 +3,6 @@
 import copy
 import functools
 import inspect
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import FunctionType
@@ -59,7 +58,6 @@ __all__ = [
     "mark_dynamic_batch",
     "mode_options",
     "own_code",
-    "quiet_fake_tensors",
     "random_settings",
     "reentrant_tracing",
     "traced_inputs",
@@ -225,17 +223,6 @@ def is_part_of_model() -> bool:
     from torch.nn.parallel import DistributedDataParallel
 
     return DistributedDataParallel._get_active_ddp_module() is not None  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def quiet_fake_tensors() -> Iterator[None]:
-    """Keeps torch from logging what operators raise on fake tensors that do not fit together."""
-    logger = logging.getLogger(FakeTensorMode.__module__)
-    disabled, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = disabled
 
 
 def own_code(function: FunctionType) -> FunctionType:

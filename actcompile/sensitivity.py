@@ -100,7 +100,8 @@ class Probe:
     def _forward(self, graph: fx.GraphModule, args: list[Any]) -> Any:
         arguments = dict(zip(graph.graph.find_nodes(op="placeholder"), args, strict=True))
         args.clear()
-        return run_graph(find_tilings(ordered(graph.graph)), graph.graph, arguments, {}, self._note_rounding)
+        pieces, results = find_tilings(ordered(graph.graph)), graph_outputs(graph.graph)
+        return run_graph(pieces, results, arguments, {}, self._note_rounding)
 
     def _note_rounding(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         """The operator's result; of what is encoded, the rounding noise of every group is noted first."""
@@ -170,7 +171,7 @@ class Probe:
                 for leaf in sweep.leaves:
                     reading[leaf] = functools.partial(self._round_again, reading[leaf], decoders[leaf].args[4], leaf)
             sweep.feed(values, reading)
-            sweep.run_and_keep()
+            sweep.keep()
             return self._measure(sweep, counted, readers, part, index, dims)
 
         num_parts, num_rounded = (math.ceil(share * sliced.count) for share in (_SHARE, _ROUNDED_SHARE))

@@ -58,14 +58,16 @@ def sweep_of(function: Callable[[Tensor, Tensor], Tensor]) -> tuple[Sweep, list[
     return sweep, targets
 
 
-def cotangents(sweep: Sweep, targets: list[fx.Node]) -> dict[str, Tensor]:
+def cotangents(
+    sweep: Sweep, targets: list[fx.Node], start: Callable[[Sweep], object] = Sweep.run_and_keep
+) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
 
     def see(node: fx.Node, cotangent: Tensor) -> None:
         assert node.name not in found
         found[node.name] = cotangent
 
-    sweep.run_and_keep()
+    start(sweep)
     sweep.pull_back(targets, lambda node, value: torch.linspace(-1, 1, value.numel()).view(value.shape), see)
     return found
 
@@ -78,13 +80,30 @@ def test_segments_change_nothing(name: str, count: int, monkeypatch: pytest.Monk
     assert len(sweep.segments) == 1
     whole = cotangents(sweep, targets)
     assert len(whole) > 1
-    crossing = _segments.crossing_nbytes(sweep.nodes, sweep.leaves)
-    sweep.segments = _segments.cut(
-        sweep.nodes, sweep.leaves, crossing, _segments.new_nbytes(sweep.nodes), max(crossing), count
-    )
+    crossing, sizes = _segments.crossing_nbytes(sweep.nodes, sweep.leaves), _segments.new_nbytes(sweep.nodes)
+    (places,) = _segments.starts(sweep.nodes, crossing, sizes, max(crossing), [count])
+    sweep.segments = _segments.cut(sweep.nodes, sweep.leaves, places)
     assert len(sweep.segments) > 1
     torch.testing.assert_close(cotangents(sweep, targets), whole)
     assert not sweep._kept
+
+
+def test_keeping_computes_no_more_than_the_product_starts_from() -> None:
+    sweep, targets = sweep_of(deep)
+    crossing, sizes = _segments.crossing_nbytes(sweep.nodes, sweep.leaves), _segments.new_nbytes(sweep.nodes)
+    (places,) = _segments.starts(sweep.nodes, crossing, sizes, max(crossing), [3])
+    sweep.segments = _segments.cut(sweep.nodes, sweep.leaves, places)
+    expected = cotangents(sweep, targets)
+    computed: list[fx.Node] = []
+    value = sweep._value
+    sweep._value = lambda node, values: (computed.append(node), value(node, values))[1]  # type: ignore[func-returns-value, method-assign]
+    sweep.run_and_keep()
+    num_all = len(computed)
+    computed.clear()
+    sweep.keep()
+    assert 0 < len(computed) < num_all
+    assert not set(targets) & set(computed) and not set(sweep.segments[-1].nodes) & set(computed)
+    torch.testing.assert_close(cotangents(sweep, targets, Sweep.keep), expected, rtol=0, atol=0)
 
 
 def test_whole_graph_is_what_autograd_says() -> None:

@@ -12,6 +12,7 @@ from actcompile import _tiles
 from actcompile._tiles import Tiling, call_node, find_tilings, ordered, run_graph
 from actcompile.config import Config
 from actcompile.passes import run_passes
+from actcompile.passes._fx import graph_outputs
 from actcompile.passes.place_codecs import DECODERS
 from actcompile.planner import make_plan
 
@@ -62,7 +63,7 @@ def test_results_are_those_of_the_whole(function: Callable[..., tuple[Tensor, ..
     pieces = find_tilings(ordered(graph))
     assert any(isinstance(piece, Tiling) for piece in pieces)
     values = dict(zip(graph.find_nodes(op="placeholder"), (X, w), strict=True))
-    results = run_graph(pieces, graph, values, {}, call_node)
+    results = run_graph(pieces, graph_outputs(graph), values, {}, call_node)
     for result, expected in zip(results, function(X, w), strict=True):
         torch.testing.assert_close(result, expected)
         assert result.stride() == expected.stride()
@@ -83,7 +84,7 @@ def test_what_is_kept_is_there_whole() -> None:
     graph = _traced(chain, X, w).graph
     kept = graph.find_nodes(op="call_function", target=torch.ops.aten.tanh.default)
     values = dict(zip(graph.find_nodes(op="placeholder"), (X, w), strict=True))
-    run_graph(find_tilings(ordered(graph), kept=kept), graph, values, {}, call_node, kept)
+    run_graph(find_tilings(ordered(graph), kept=kept), graph_outputs(graph), values, {}, call_node, kept)
     torch.testing.assert_close(values[kept[0]], (X * 2).tanh())
 
 
@@ -107,7 +108,9 @@ def test_codes_are_decoded_by_parts() -> None:
     decoded = {n for piece in pieces if isinstance(piece, Tiling) for n in piece.nodes if n.target in DECODERS}
     assert decoded
     readers: dict[fx.Node, object] = {}
-    results = run_graph(pieces, graph, dict(zip(names, [*saved, torch.ones(())], strict=True)), readers, call_node)
+    results = run_graph(
+        pieces, graph_outputs(graph), dict(zip(names, [*saved, torch.ones(())], strict=True)), readers, call_node
+    )
     whole = fx.Interpreter(traced.pair.backward).run(*saved, torch.ones(()))
     torch.testing.assert_close(results[0], whole[0])
     assert set(readers) == decoded
