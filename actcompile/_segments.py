@@ -32,21 +32,26 @@ class Segment:
         return frozenset(self.nodes)
 
 
-def split(nodes: Sequence[fx.Node], leaves: frozenset[fx.Node]) -> list[Segment]:
-    """The segments that together with what is kept between them take the least memory."""
+def split(nodes: Sequence[fx.Node], leaves: frozenset[fx.Node], kept_share: float = 1.0) -> list[Segment]:
+    """The segments that together with what is kept between them, ``kept_share`` of it, take the least memory."""
     crossing, sizes = crossing_nbytes(nodes, leaves), new_nbytes(nodes)
     limits = sorted(set(crossing))[:: max(1, len(set(crossing)) // _LIMITS)]
     # Many limits cut at the same places.
     tried = {places for limit in limits for places in starts(nodes, crossing, sizes, limit, _COUNTS)}
     candidates = [cut(nodes, leaves, places) for places in sorted(tried)]
-    return min(candidates, key=lambda segments: cost(segments, leaves, sizes), default=[])
+    return min(candidates, key=lambda segments: cost(segments, leaves, sizes, kept_share), default=[])
 
 
-def cost(segments: Sequence[Segment], leaves: frozenset[fx.Node], sizes: Mapping[fx.Node, int]) -> float:
+def cost(
+    segments: Sequence[Segment],
+    leaves: frozenset[fx.Node],
+    sizes: Mapping[fx.Node, int],
+    kept_share: float = 1.0,
+) -> float:
     """About the bytes of what is kept between segments and of the largest of them under autograd."""
     kept = {storage(node) for segment in segments for node in segment.inputs if node not in leaves}
     largest = max((sum(map(sizes.__getitem__, segment.nodes)) for segment in segments), default=0)
-    return _AUTOGRAD_FACTOR * largest + sum(map(_nbytes, kept))
+    return _AUTOGRAD_FACTOR * largest + kept_share * sum(map(_nbytes, kept))
 
 
 def narrow(segments: Sequence[Segment], needed: Container[fx.Node], leaves: frozenset[fx.Node]) -> list[Segment]:

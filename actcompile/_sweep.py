@@ -9,7 +9,7 @@ Operators that autograd cannot differentiate are opaque: nothing passes through 
 import functools
 from collections.abc import Callable, Container, Iterable, Mapping, MutableMapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -30,21 +30,47 @@ _DIFFERENTIABLE: Mapping[str, Callable[..., Tensor]] = {
 }
 
 
+# Elements of a value that is kept in 8 bits.
+_SHORT_MIN_NUMEL = 4096
+
+
+class _Short(NamedTuple):
+    """A value in 8 bits, an error of about 3 percent in each element."""
+
+    codes: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+    def read(self) -> Tensor:
+        return self.codes.to(self.dtype).mul_(self.scale)
+
+
+def _shorten(value: Any) -> Any:
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() < _SHORT_MIN_NUMEL:
+        return value
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    scale = (value.abs().amax() / largest).clamp_min(torch.finfo(value.dtype).tiny)
+    return _Short((value / scale).to(torch.float8_e4m3fn), scale, value.dtype)
+
+
 class Sweep:
     """A backward graph that is differentiated by the nodes ``leaves``, which every segment that reads them reads anew.
 
     ``readers`` says how, and how to read what else is stored in codes; the first run notes their operators and
     arguments where they are not given. ``is_tiled`` lets runs of pointwise operators take a few rows at a time; values
-    noted in the graph must be as they are when it runs.
+    noted in the graph must be as they are when it runs. ``is_short`` keeps values between segments in 8 bits.
     """
 
-    def __init__(self, graph: fx.Graph, leaves: frozenset[fx.Node], is_tiled: bool = True) -> None:
+    def __init__(
+        self, graph: fx.Graph, leaves: frozenset[fx.Node], is_tiled: bool = True, is_short: bool = False
+    ) -> None:
         self.graph = graph
         self.leaves = leaves
         self.opaque: set[fx.Node] = set()
         self.readers: dict[fx.Node, functools.partial[Tensor]] = {}
         self.nodes = ordered(graph)
         self._is_tiled = is_tiled
+        self._is_short = is_short
         self.dependent = _dependent(self.nodes, leaves)
         self._arguments: MutableMapping[fx.Node, Any] = {}
         self._kept: dict[fx.Node, Any] = {}
@@ -52,7 +78,7 @@ class Sweep:
     @cached_property
     def segments(self) -> list[Segment]:
         """The graph in pieces."""
-        return split(self.nodes, self.leaves)
+        return split(self.nodes, self.leaves, 0.25 if self._is_short else 1.0)
 
     @cached_property
     def nbytes(self) -> float:
@@ -124,12 +150,16 @@ class Sweep:
 
         pieces = find_tilings(nodes, change, kept) if self._is_tiled else nodes
         values = dict(self._arguments)
-        computed = run_graph(pieces, results, values, self.readers, evaluate, kept)
-        self._kept = {node: values[node] for node in kept}
-        return computed
+        self._kept = dict.fromkeys(kept)
+        keep = _shorten if self._is_short else lambda value: value
+        return run_graph(pieces, results, values, self.readers, evaluate, self._kept, keep)
 
     def _value(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         return self.readers[node]() if node in self.readers else _call(node, values)
+
+    def _kept_value(self, node: fx.Node) -> Any:
+        kept = self._kept[node]
+        return kept.read() if isinstance(kept, _Short) else kept
 
     @torch.no_grad()
     def pull_back(
@@ -203,7 +233,7 @@ class Sweep:
             expiring.setdefault(last[node], []).append(node)
         for node in (*segment.inputs, *segment.nodes):
             if node in self.leaves or node not in segment.inside:
-                value = self.readers[node]() if node in self.leaves else self._kept[node]
+                value = self.readers[node]() if node in self.leaves else self._kept_value(node)
                 if node in self.dependent and isinstance(value, Tensor) and value.is_floating_point():
                     value = sources[node] = value.detach().requires_grad_()
                 values[node] = value

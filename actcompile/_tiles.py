@@ -168,7 +168,8 @@ def run_graph(
     values: MutableMapping[fx.Node, Any],
     readers: MutableMapping[fx.Node, Any] | None,
     evaluate: Callable[[fx.Node, Mapping[fx.Node, Any]], Any],
-    kept: Container[fx.Node] = (),
+    kept: MutableMapping[fx.Node, Any] | None = None,
+    keep: Callable[[Any], Any] = lambda value: value,
 ) -> list[Any]:
     """The values of ``results``.
 
@@ -178,8 +179,10 @@ def run_graph(
         values: Arguments of the graph. Every value leaves it when nobody reads it any more.
         readers: How to read what is stored in codes; what is missing is noted, unless there is none.
         evaluate: Computes an operator that is no part of a run.
-        kept: What stays in ``values``.
+        kept: Takes the values of its nodes, once nobody reads them any more.
+        keep: What it takes of a value.
     """
+    kept = {} if kept is None else kept
     returned = {node for node in results if isinstance(node, fx.Node)}
     last: dict[fx.Node, int] = {}
     for position, piece in enumerate(pieces):
@@ -187,7 +190,7 @@ def run_graph(
             last.update(dict.fromkeys((node, *node.all_input_nodes), position))
     expiring: dict[int, list[fx.Node]] = {}
     for node, position in last.items():
-        if node not in returned and node not in kept:
+        if node not in returned or node in kept:
             expiring.setdefault(position, []).append(node)
     for position, piece in enumerate(pieces):
         if isinstance(piece, Tiling):
@@ -198,7 +201,10 @@ def run_graph(
         else:
             values[piece] = evaluate(piece, values)
         for node in expiring.get(position, ()):
-            values.pop(node, None)
+            if node in kept:
+                kept[node] = keep(values[node])
+            if node not in returned:
+                values.pop(node, None)
     return [values[node] if isinstance(node, fx.Node) else node for node in results]
 
 

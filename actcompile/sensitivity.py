@@ -119,6 +119,8 @@ class Probe:
         counted = self._counted(graph.graph)
         sliced = self._sliced(whole)
         if sliced is None:
+            whole = _sweep_of(graph.graph, is_short=True)
+            whole.feed(arguments)
             results = whole.run_and_keep()
             sensitivities = self._measure(whole, counted, _readers(whole), None, 0)
         else:
@@ -213,8 +215,8 @@ class Probe:
         return measure(sweep, targets, keys, roundings, mix_seed(self._seed, index))
 
 
-def _sweep_of(graph: fx.Graph, is_tiled: bool = True) -> Sweep:
-    return Sweep(graph, frozenset(graph.find_nodes(op="call_function", target=dequantize)), is_tiled)
+def _sweep_of(graph: fx.Graph, is_tiled: bool = True, is_short: bool = False) -> Sweep:
+    return Sweep(graph, frozenset(graph.find_nodes(op="call_function", target=dequantize)), is_tiled, is_short)
 
 
 def _readers(sweep: Sweep) -> dict[str, "functools.partial[Tensor]"]:

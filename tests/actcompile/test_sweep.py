@@ -106,6 +106,20 @@ def test_keeping_computes_no_more_than_the_product_starts_from() -> None:
     torch.testing.assert_close(cotangents(sweep, targets, Sweep.keep), expected, rtol=0, atol=0)
 
 
+def test_values_in_8_bits_between_segments_change_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sweep, "_SHORT_MIN_NUMEL", 1)
+    sweep, targets = sweep_of(deep)
+    crossing, sizes = _segments.crossing_nbytes(sweep.nodes, sweep.leaves), _segments.new_nbytes(sweep.nodes)
+    (places,) = _segments.starts(sweep.nodes, crossing, sizes, max(crossing), [3])
+    sweep.segments = _segments.cut(sweep.nodes, sweep.leaves, places)
+    exact = cotangents(sweep, targets)
+    sweep._is_short = True
+    found = cotangents(sweep, targets)
+    assert found.keys() == exact.keys()
+    errors = [float((found[name] - exact[name]).norm() / exact[name].norm()) for name in exact]
+    assert 0 < max(errors) < 0.1
+
+
 def test_whole_graph_is_what_autograd_says() -> None:
     sweep, targets = sweep_of(deep)
     values = {node: value.clone().requires_grad_() for node, value in sweep._arguments.items()}
