@@ -1,12 +1,13 @@
 """What rounding each saved tensor adds to the gradient of one backward, or of one on a part of the batch."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
+from ._slices import Groups
 from ._sweep import Sweep
 from .config import CODE_BITS
 from .passes._fx import graph_outputs
@@ -23,22 +24,20 @@ class Rounding:
     Args:
         variance: Of an element's noise, the mean over each group, at every width: [num_groups, len(CODE_BITS)].
         bits: Of the codes that are stored now.
-        read_ids: Gives the number of the group of each element that is read, in the shape of these.
+        groups: Those of the elements that are read.
     """
 
     variance: Tensor
     bits: int
-    read_ids: Callable[[], Tensor]
+    groups: Groups
 
     def weigh(self, cotangent: Tensor) -> list[float]:
         """For every width, the sum over all elements of the noise's variance times the cotangent's square."""
-        squares = torch.zeros(len(self.variance), device=cotangent.device)
-        squares.index_add_(0, self.read_ids().reshape(-1), cotangent.float().square().reshape(-1))
-        return (squares @ self.variance.float()).tolist()
+        return (self.groups.sums(cotangent.float().square()) @ self.variance.float()).tolist()
 
     def add_noise(self, value: Tensor, seed: int) -> Tensor:
         """``value`` with noise as large as that of its codes."""
-        deviation = self.variance[:, CODE_BITS.index(self.bits)].float().sqrt()[self.read_ids()]
+        deviation = self.variance[:, CODE_BITS.index(self.bits)].float().sqrt()[self.groups.ids()]
         return torch.empty_like(value).copy_(value + deviation * draw(value, seed))
 
 
@@ -99,7 +98,7 @@ def _perturbed(
     noisy = sweep.run({node: lambda value: rounding.add_noise(value, seed) for node in leaves})
     positions = {node: position for position, node in enumerate(graph_outputs(sweep.graph))}
     change = sum(float((noisy[positions[n]] - exact[positions[n]]).float().square().sum()) for n in targets)
-    totals = rounding.variance.float()[rounding.read_ids().reshape(-1)].sum(0).tolist()
+    totals = rounding.variance.float()[rounding.groups.ids().reshape(-1)].sum(0).tolist()
     per_unit = change / max(totals[CODE_BITS.index(rounding.bits)], torch.finfo(torch.float32).tiny)
     return Sensitivity({bits: per_unit * total for bits, total in zip(CODE_BITS, totals, strict=True)}, "perturbed")
 

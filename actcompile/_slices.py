@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional as F
 
 from ._growth import sizes_position
 from .passes._fx import GraphPair, hint, is_tensor
@@ -122,15 +123,43 @@ def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
-def group_ids(layout: Layout, group_size: int, dim: int | None = None, part: Part | None = None) -> Tensor:
-    """For each element, or each of ``part``, the number of its group: int64, in the shape of the elements."""
-    if part is None or dim is None:
-        return from_storage_order(torch.arange(math.prod(layout.shape)) // group_size, layout.shape, layout.stride)
-    run = _run(layout, dim, part)
-    if run is None:
-        return cut(group_ids(layout, group_size), dim, part)
-    ids = torch.arange(run.start, run.stop) // group_size
-    return from_storage_order(ids, _cut_shape(layout.shape, dim, part), layout.stride)
+@dataclass(frozen=True)
+class Groups:
+    """The groups in which a tensor, or the samples ``part`` of it along ``dim``, lies in storage order."""
+
+    layout: Layout
+    group_size: int
+    dim: int | None = None
+    part: Part | None = None
+
+    def ids(self) -> Tensor:
+        """For each element the number of its group: int64, in the shape of the elements."""
+        run, shape = self._run(), self.layout.shape
+        if self.part is not None and self.dim is not None:
+            if run is None:
+                return cut(Groups(self.layout, self.group_size).ids(), self.dim, self.part)
+            shape = tuple(_cut_shape(shape, self.dim, self.part))
+        assert run is not None
+        return from_storage_order(torch.arange(run.start, run.stop) // self.group_size, shape, self.layout.stride)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """The sum over each group of ``values``, which are given for each element: [num_groups] of the whole tensor."""
+        num_groups = -(-math.prod(self.layout.shape) // self.group_size)
+        sums = values.new_zeros(num_groups)
+        run = self._run()
+        if run is None:
+            return sums.index_add_(0, self.ids().reshape(-1).to(values.device), values.reshape(-1))
+        flat = values.permute(storage_permutation(self.layout.shape, self.layout.stride)).reshape(-1)
+        missing = run.start % self.group_size, -run.stop % self.group_size
+        groups = (F.pad(flat, missing) if any(missing) else flat).view(-1, self.group_size)
+        sums[run.start // self.group_size :][: len(groups)] = groups.sum(1)
+        return sums
+
+    def _run(self) -> slice | None:
+        """Where the elements lie in storage order, if one after the other."""
+        if self.part is None or self.dim is None:
+            return slice(0, math.prod(self.layout.shape))
+        return _run(self.layout, self.dim, self.part)
 
 
 def _run(layout: Layout, dim: int, part: Part) -> slice | None:

@@ -31,7 +31,7 @@ from torch import Tensor, fx
 
 from ._batch import find_batch
 from ._measure import Rounding, measure
-from ._slices import Layout, Part, SlicedBackward, cut, decode, group_ids, samples_meet, slice_backward
+from ._slices import Groups, Layout, Part, SlicedBackward, cut, decode, samples_meet, slice_backward
 from ._sweep import Sweep
 from ._tiles import call_node, find_tilings, ordered, run_graph
 from .config import CODE_BITS
@@ -209,8 +209,7 @@ class Probe:
         for leaf, key in keys.items():
             _, _, _, bits, group_size, shape, stride, _ = readers[leaf.name].args
             layout, dim = Layout(tuple(shape), tuple(stride)), None if dims is None else dims[leaf.name]
-            ids = functools.partial(group_ids, layout, group_size, dim, part)
-            roundings[key] = Rounding(self._rounding[key], bits, ids)
+            roundings[key] = Rounding(self._rounding[key], bits, Groups(layout, group_size, dim, part))
         targets = {outputs[position]: position for position in counted}
         return measure(sweep, targets, keys, roundings, mix_seed(self._seed, index))
 

@@ -37,9 +37,12 @@ def dequantize_in_chunks(
 ) -> Tensor:
     """``dequantize_reference`` on a few groups at a time: the same bits, with less memory."""
     check_arguments(dtype, bits, group_size)
-    planes = split_planes(codes, bits, group_size)
+    planes, chunks = split_planes(codes, bits, group_size), _chunks(scale.numel(), group_size)
+    if len(chunks) == 1:
+        flat = decode_groups(planes, scale, zero, bits, group_size).to(dtype)
+        return from_storage_order(flat.view(-1)[: math.prod(shape)], shape, stride)
     flat = torch.empty(scale.numel(), group_size, dtype=dtype, device=codes.device)
-    for rows in _chunks(*flat.shape):
+    for rows in chunks:
         flat[rows] = decode_groups([plane[rows] for plane in planes], scale[rows], zero[rows], bits, group_size)
     return from_storage_order(flat.view(-1)[: math.prod(shape)], shape, stride)
 

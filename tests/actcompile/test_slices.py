@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from actcompile._slices import Layout, Part, cut, decode, group_ids
+from actcompile._slices import Groups, Layout, Part, cut, decode
 
 # Shape in memory, the permutation to it, and the dimension that holds the batch: outermost in memory, or not.
 LAYOUTS = [
@@ -31,9 +31,12 @@ def test_part_is_cut_from_the_whole(shape: tuple[int, ...], order: tuple[int, ..
     packed = (torch.ops.actcompile.pack_bool(mask), x.shape, x.stride())
     assert torch.equal(decode(torch.ops.actcompile.unpack_bool.default, packed, dim, part), cut(mask, dim, part))
     layout = Layout(tuple(x.shape), x.stride())
-    whole_ids = group_ids(layout, 32)
-    assert torch.equal(group_ids(layout, 32, dim, part), cut(whole_ids, dim, part))
+    whole_ids, groups = Groups(layout, 32).ids(), Groups(layout, 32, dim, part)
+    assert torch.equal(groups.ids(), cut(whole_ids, dim, part))
     # Every element of a group, and nothing else, has its number.
     flat = torch.zeros(x.numel(), dtype=torch.int64)
     flat.as_strided(x.shape, x.stride()).copy_(whole_ids)
     assert torch.equal(flat, torch.arange(x.numel()) // 32)
+    values = torch.randn(cut(x, dim, part).shape)
+    expected = torch.zeros(-(-x.numel() // 32)).index_add_(0, groups.ids().flatten(), values.flatten())
+    torch.testing.assert_close(groups.sums(values), expected)
