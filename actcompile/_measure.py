@@ -13,6 +13,9 @@ from .config import CODE_BITS
 from .passes._fx import graph_outputs
 from .plan import Sensitivity
 from .triton_kernels._hash import mix_seed
+from .triton_kernels.pack_bool import packed_nbytes
+
+unpack_bool = torch.ops.actcompile.unpack_bool.default
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +38,10 @@ class Rounding:
         """For every width, the sum over all elements of the noise's variance times the cotangent's square."""
         return (self.groups.sums(cotangent.float().square()) @ self.variance.float()).tolist()
 
-    def add_noise(self, value: Tensor, seed: int) -> Tensor:
-        """``value`` with noise as large as that of its codes."""
-        deviation = self.variance[:, CODE_BITS.index(self.bits)].float().sqrt()[self.groups.ids()]
-        return torch.empty_like(value).copy_(value + deviation * draw(value, seed))
+    def add_noise(self, value: Tensor, seed: int, bits: int | None = None) -> Tensor:
+        """``value`` with noise as large as that of codes of ``bits``, those that are stored when left out."""
+        deviation = self.variance[:, CODE_BITS.index(bits or self.bits)].float().sqrt()
+        return torch.addcmul(value, self.groups.spread(deviation).to(value.dtype), draw(value, seed))
 
 
 def measure(
@@ -82,8 +85,9 @@ def draw(value: Tensor, seed: int) -> Tensor:
     a tensor reaches each number of the gradient by elements of its own.
     """
     generator = torch.Generator(value.device).manual_seed(seed)
-    bits = torch.randint(0, 2, value.shape, generator=generator, device=value.device, dtype=torch.int8)
-    return bits.mul_(2).sub_(1).to(value.dtype)
+    packed = torch.empty(packed_nbytes(value.numel()), dtype=torch.uint8, device=value.device)
+    packed.random_(generator=generator)
+    return unpack_bool(packed, value.shape).to(value.dtype).mul_(2).sub_(1)
 
 
 def _perturbed(

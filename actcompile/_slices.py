@@ -142,6 +142,19 @@ class Groups:
         assert run is not None
         return from_storage_order(torch.arange(run.start, run.stop) // self.group_size, shape, self.layout.stride)
 
+    def spread(self, values: Tensor) -> Tensor:
+        """For each element the value of its group, one of ``values`` for each group of the whole tensor."""
+        run, shape = self._run(), self.layout.shape
+        if run is None:
+            return values[self.ids()]
+        if self.part is not None and self.dim is not None:
+            shape = tuple(_cut_shape(shape, self.dim, self.part))
+        first = run.start // self.group_size
+        flat = values[first : -(-run.stop // self.group_size), None].expand(-1, self.group_size).reshape(-1)
+        return from_storage_order(
+            flat[run.start - first * self.group_size :][: run.stop - run.start], shape, self.layout.stride
+        )
+
     def sums(self, values: Tensor) -> Tensor:
         """The sum over each group of ``values``, which are given for each element: [num_groups] of the whole tensor."""
         num_groups = -(-math.prod(self.layout.shape) // self.group_size)

@@ -48,11 +48,11 @@ dequantize = torch.ops.actcompile.dequantize.default
 
 # Share of what the operators of a graph take, one by one, that is left after compiled code has fused them.
 _FUSED = 0.5
-# Shares of the batch that are probed: as it is stored, and rounded once more. Beside the backward itself, a product
+# Shares of the batch that are probed: as it is stored, and with more noise. Beside the backward itself, a product
 # takes as long as 2.6 more of its samples.
 _SHARE = 0.6
-_ROUNDED_SHARE = 0.15
-# Bits of what is rounded once more.
+_NOISY_SHARE = 0.15
+# Bits whose noise that is.
 _FEW_BITS = 2
 # Mixed into the seed of the next probe.
 _NEXT = 2**31
@@ -122,7 +122,7 @@ class Probe:
             whole = _sweep_of(graph.graph, is_short=True)
             whole.feed(arguments)
             results = whole.run_and_keep()
-            sensitivities = self._measure(whole, counted, _readers(whole), None, 0)
+            sensitivities = _measure(whole, counted, self._roundings(whole, _readers(whole)), mix_seed(self._seed, 0))
         else:
             whole.note_readers()
             sensitivities = self._sum_over_parts(sliced, whole, arguments, counted)
@@ -163,55 +163,65 @@ class Probe:
         given = {node.name: value for node, value in arguments.items()}
         length = sliced.size // sliced.count
 
-        def measure_part(index: int, is_rounded: bool) -> dict[str, Sensitivity]:
+        def measure_part(index: int, is_noisy: bool) -> dict[str, Sensitivity]:
             part = Part(index * length, length, sliced.size)
             placeholders = {node: given[node.name] for node in sliced.graph.find_nodes(op="placeholder")}
             values = {n: cut(v, dims[n.name], part) if n.name in dims else v for n, v in placeholders.items()}
             decoders = {node: readers[node.name] for node in sweep.nodes if node.name in readers}
             reading = {n: functools.partial(decode, r.func, r.args, dims[n.name], part) for n, r in decoders.items()}
-            if is_rounded:
-                for leaf in sweep.leaves:
-                    reading[leaf] = functools.partial(self._round_again, reading[leaf], decoders[leaf].args[4], leaf)
+            roundings = self._roundings(sweep, readers, part, dims)
+            seed = mix_seed(self._seed, index)
+            if is_noisy:
+                reading |= {
+                    leaf: _with_noise(reading[leaf], leaf.meta[ROW_KEY], roundings, seed) for leaf in sweep.leaves
+                }
             sweep.feed(values, reading)
             sweep.keep()
-            return self._measure(sweep, counted, readers, part, index, dims)
+            return _measure(sweep, counted, roundings, seed)
 
-        num_parts, num_rounded = (math.ceil(share * sliced.count) for share in (_SHARE, _ROUNDED_SHARE))
-        exact = [measure_part(index, is_rounded=False) for index in range(num_parts)]
-        rounded = [measure_part(index, is_rounded=True) for index in range(num_rounded)]
+        num_parts, num_noisy = (math.ceil(share * sliced.count) for share in (_SHARE, _NOISY_SHARE))
+        exact = [measure_part(index, is_noisy=False) for index in range(num_parts)]
+        noisy = [measure_part(index, is_noisy=True) for index in range(num_noisy)]
         found = {}
         for key, first in exact[0].items():
             noises = {
                 bits: sum(one[key].variance[bits] for one in exact) * sliced.count / num_parts for bits in CODE_BITS
             }
-            ratio = _ratio([one[key] for one in rounded], [one[key] for one in exact[:num_rounded]])
+            ratio = _ratio([one[key] for one in noisy], [one[key] for one in exact[:num_noisy]])
             found[key] = Sensitivity(noises, first.method, _excess(noises[_FEW_BITS], ratio))
         return found
 
-    def _round_again(self, read: Callable[[], Tensor], group_size: int, leaf: fx.Node) -> Tensor:
-        """What ``read`` gives, on fewer bits."""
-        value, salt = read(), zlib.crc32(leaf.meta[ROW_KEY].encode())
-        codes = quantize(value, _FEW_BITS, group_size, torch.tensor(self._seed, device=value.device), salt)
-        return dequantize(*codes, _FEW_BITS, group_size, value.shape, value.stride(), value.dtype)
-
-    def _measure(
+    def _roundings(
         self,
         sweep: Sweep,
-        counted: Sequence[int],
         readers: Mapping[str, "functools.partial[Tensor]"],
-        part: Part | None,
-        index: int,
+        part: Part | None = None,
         dims: Mapping[str, int] | None = None,
-    ) -> dict[str, Sensitivity]:
-        outputs = graph_outputs(sweep.graph)
-        keys = {leaf: leaf.meta[ROW_KEY] for leaf in sweep.leaves}
-        roundings = {}
-        for leaf, key in keys.items():
+    ) -> dict[str, Rounding]:
+        """By row key; of ``part``, which lies along ``dims``, if that is all that is read."""
+        found = {}
+        for leaf in sweep.leaves:
             _, _, _, bits, group_size, shape, stride, _ = readers[leaf.name].args
             layout, dim = Layout(tuple(shape), tuple(stride)), None if dims is None else dims[leaf.name]
-            roundings[key] = Rounding(self._rounding[key], bits, Groups(layout, group_size, dim, part))
-        targets = {outputs[position]: position for position in counted}
-        return measure(sweep, targets, keys, roundings, mix_seed(self._seed, index))
+            key = leaf.meta[ROW_KEY]
+            found[key] = Rounding(self._rounding[key], bits, Groups(layout, group_size, dim, part))
+        return found
+
+
+def _measure(
+    sweep: Sweep, counted: Sequence[int], roundings: Mapping[str, Rounding], seed: int
+) -> dict[str, Sensitivity]:
+    outputs = graph_outputs(sweep.graph)
+    keys = {leaf: leaf.meta[ROW_KEY] for leaf in sweep.leaves}
+    return measure(sweep, {outputs[position]: position for position in counted}, keys, roundings, seed)
+
+
+def _with_noise(
+    read: Callable[[], Tensor], key: str, roundings: Mapping[str, Rounding], seed: int
+) -> "functools.partial[Tensor]":
+    """What ``read`` gives, with the noise of few bits; the same each time."""
+    salt = mix_seed(seed, zlib.crc32(key.encode()))
+    return functools.partial(lambda: roundings[key].add_noise(read(), salt, _FEW_BITS))
 
 
 def _sweep_of(graph: fx.Graph, is_tiled: bool = True, is_short: bool = False) -> Sweep:
