@@ -138,7 +138,9 @@ def _lower_unpack_bool(packed: ir.TensorBox, shape: Sequence[Any], stride: Seque
 
     def decode(index: Sequence[sympy.Expr]) -> Any:
         position, byte = index
-        return ops.ne(_field(load([byte]), position, 1)[0], ops.constant(0, torch.uint8))
+        # In float32: Inductor converts masks between the widths of vectors one element at a time.
+        field, _ = _field(load([byte]), position, 1)
+        return ops.ne(ops.to_dtype(field, torch.float32), ops.constant(0.0, torch.float32))
 
     device = packed.get_device()
     mask = ir.Pointwise.create(device=device, dtype=torch.bool, inner_fn=decode, ranges=[sympy.Integer(8), nbytes])
