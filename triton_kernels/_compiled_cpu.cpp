@@ -19,6 +19,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 constexpr int LEVELS = (1 << (LOW_BITS + HIGH_BITS)) - 1;
 constexpr Word MAGNITUDE = static_cast<Word>(~(1u << (8 * sizeof(Word) - 1)));
@@ -72,9 +73,9 @@ inline float scale_of(float low, float high) {
     return above <= room ? above : bits_of<float>(bits & 0xFFFF0000u);
 }
 
-// `start` is the index of the group's first element, `x` its elements.
+// `start` is the index of the group's first element, `x` its elements; `codes` holds GROUP_SIZE bytes on the way.
 inline void encode_group(
-    const Word* __restrict x, uint64_t start, uint64_t key, uint8_t* __restrict low_plane,
+    const Word* __restrict x, uint64_t start, uint64_t key, uint8_t* __restrict codes, uint8_t* __restrict low_plane,
     uint8_t* __restrict high_plane, uint16_t* scale_out, Word* zero_out) {
     Word lowest = ordered(x[0]), highest = lowest;
 #pragma omp simd reduction(min : lowest) reduction(max : highest)
@@ -95,7 +96,6 @@ inline void encode_group(
     const float limit = finite ? static_cast<float>(LEVELS) * (1 << FRACTION_BITS) : 0.0f;
     const uint32_t key0 = static_cast<uint32_t>(key) ^ static_cast<uint32_t>(start >> 32) * INDEX_HIGH_MULTIPLIER;
     const uint32_t key1 = static_cast<uint32_t>(key >> 32), first = static_cast<uint32_t>(start);
-    alignas(64) uint8_t codes[GROUP_SIZE];
 #pragma omp simd
     for (int i = 0; i < GROUP_SIZE; ++i) {
         const float position = (to_float(x[i]) * 0.5f - origin) * inverse;
@@ -121,18 +121,23 @@ extern "C" void kernel(
     const int64_t groups = (numel + GROUP_SIZE - 1) / GROUP_SIZE, key = *seed ^ salt_key;
     constexpr int LOW_NBYTES = GROUP_SIZE * LOW_BITS / 8, HIGH_NBYTES = GROUP_SIZE * HIGH_BITS / 8;
     uint8_t* high_codes = codes + groups * LOW_NBYTES;
-#pragma omp parallel for num_threads(threads)
-    for (int64_t g = 0; g < groups; ++g) {
-        const int64_t start = g * GROUP_SIZE, rest = numel - start;
-        const Word* elements = x + start;
-        Word filled[GROUP_SIZE];
-        if (rest < GROUP_SIZE) {
-            for (int i = 0; i < GROUP_SIZE; ++i) {
-                filled[i] = elements[i < rest ? i : rest - 1];
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<uint8_t> on_the_way(GROUP_SIZE);
+        std::vector<Word> filled(GROUP_SIZE);
+#pragma omp for
+        for (int64_t g = 0; g < groups; ++g) {
+            const int64_t start = g * GROUP_SIZE, rest = numel - start;
+            const Word* elements = x + start;
+            if (rest < GROUP_SIZE) {
+                for (int i = 0; i < GROUP_SIZE; ++i) {
+                    filled[i] = elements[i < rest ? i : rest - 1];
+                }
+                elements = filled.data();
             }
-            elements = filled;
+            encode_group(
+                elements, start, key, on_the_way.data(), codes + g * LOW_NBYTES, high_codes + g * HIGH_NBYTES,
+                scale + g, zero + g);
         }
-        encode_group(
-            elements, start, key, codes + g * LOW_NBYTES, high_codes + g * HIGH_NBYTES, scale + g, zero + g);
     }
 }

@@ -66,10 +66,8 @@ def quantize_compiled(x: Tensor, bits: int, group_size: int, seed: Tensor, salt:
     groups = num_groups(flat.numel(), group_size)
     codes = flat.new_empty(groups * (group_size * bits // 8), dtype=torch.uint8)
     scale, zero = flat.new_empty(groups, dtype=torch.bfloat16), flat.new_empty(groups)
-    encode, threads = (
-        _encoder(bits, group_size, x.dtype),
-        min(torch.get_num_threads(), 1 + flat.numel() // THREAD_NUMEL),
-    )
+    encode = _encoder(bits, group_size, x.dtype)
+    threads = min(torch.get_num_threads(), 1 + flat.numel() // THREAD_NUMEL)
     encode(flat, seed, codes, scale, zero, mix_seed(salt), flat.numel(), threads)
     return codes, scale, zero
 

@@ -56,7 +56,7 @@ def test_values(bits: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("bits", [3, 4])
-@pytest.mark.parametrize("group_size", [32, 1024])
+@pytest.mark.parametrize("group_size", [32, 1024, 2**22])
 def test_group_sizes(group_size: int, bits: int) -> None:
     for numel in (5, 5000):
         check(randn(numel), bits, group_size)
