@@ -68,6 +68,10 @@ def _quantize(operands: Sequence[Operand], arguments: Arguments) -> sympy.Expr:
     return _gathered(operands[0]) + _padded(operands[0], arguments[1])
 
 
+def _quantize_compiled(operands: Sequence[Operand], arguments: Arguments) -> sympy.Expr:
+    return _gathered(operands[0])
+
+
 def _pack_bool(operands: Sequence[Operand], arguments: Arguments) -> sympy.Expr:
     # Two partial results and the one to come, beside the one that is returned.
     return 3 * sympy.ceiling(operands[0].numel / 8) + _gathered(operands[0]) + _padded(operands[0], 8)
@@ -121,7 +125,7 @@ _ATTENTION = "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu"
 # Operator, as the generated code names it -> its rule.
 _RULES: Mapping[str, Callable[[Sequence[Operand], Arguments], sympy.Expr]] = {
     "torch.ops.actcompile.quantize.default": _quantize,
-    "torch.ops.actcompile.quantize_compiled.default": _quantize,
+    "torch.ops.actcompile.quantize_compiled.default": _quantize_compiled,
     "torch.ops.actcompile.pack_bool.default": _pack_bool,
     "extern_kernels.convolution": _convolution,
     "torch.ops.aten.convolution_backward.default": _convolution_backward,

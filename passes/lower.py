@@ -63,13 +63,14 @@ def _constant(value: int) -> Any:
     return ops.constant(value, torch.int32)
 
 
-def _field(byte: Any, position: sympy.Expr, width: int) -> Any:
-    """The field of ``width`` bits at ``position`` in a byte."""
-    value = ops.to_dtype(byte, torch.int32)
-    if width == 8:
-        return value
-    shifted = ops.bitwise_right_shift(value, ops.index_expr(position * width, torch.int32))
-    return ops.bitwise_and(shifted, _constant(2**width - 1))
+def _field(byte: Any, position: sympy.Expr, width: int) -> tuple[Any, Any]:
+    """The field of ``width`` bits at ``position`` in a byte: the byte without the others, and the field's unit in it.
+
+    A shift of the byte itself would have to widen it to int32 first, which takes longer than all the rest.
+    """
+    unit = ops.bitwise_left_shift(_constant(1), ops.index_expr(position * width, torch.int32))
+    mask = ops.mul(unit, _constant(2**width - 1))
+    return ops.bitwise_and(byte, ops.to_dtype(mask, torch.uint8)), unit
 
 
 def _restore(value: ir.TensorBox, shape: Sequence[Any], stride: Sequence[Any]) -> ir.TensorBox:
@@ -106,20 +107,21 @@ def _lower_dequantize(
 
     def decode(index: Sequence[sympy.Expr]) -> Any:
         group, part, column = index
-        code, start, offset = None, sympy.Integer(0), 0
+        step = ops.to_dtype(load_scale([group]), torch.float32)
+        distance, start, offset = None, sympy.Integer(0), 0
         for width in PLANES[bits]:
             nbytes = group_size * width // 8
             # A wider plane holds several parts side by side in one field.
             beside = nbytes // run
             within = ModularIndexing(part, 1, beside) * run + column
-            value = _field(load_codes([start + group * nbytes + within]), FloorDiv(part, beside), width)
-            value = ops.bitwise_left_shift(value, _constant(offset)) if offset else value
-            code = value if code is None else ops.bitwise_or(code, value)
+            byte = load_codes([start + group * nbytes + within])
+            field, unit = _field(byte, FloorDiv(part, beside), width)
+            # Powers of two: exact, and so is the sum of the planes.
+            weight = ops.truediv(ops.constant(2.0**offset, torch.float32), ops.to_dtype(unit, torch.float32))
+            share = ops.mul(ops.mul(step, weight), ops.to_dtype(field, torch.float32))
+            distance = share if distance is None else ops.add(distance, share)
             start, offset = start + groups * nbytes, offset + width
-        step = ops.to_dtype(load_scale([group]), torch.float32)
-        result = ops.add(
-            ops.to_dtype(load_zero([group]), torch.float32), ops.mul(step, ops.to_dtype(code, torch.float32))
-        )
+        result = ops.add(ops.to_dtype(load_zero([group]), torch.float32), distance)
         return ops.to_dtype(result, dtype)
 
     device = codes.get_device()
@@ -136,7 +138,9 @@ def _lower_unpack_bool(packed: ir.TensorBox, shape: Sequence[Any], stride: Seque
 
     def decode(index: Sequence[sympy.Expr]) -> Any:
         position, byte = index
-        return ops.ne(_field(load([byte]), position, 1), _constant(0))
+        # In float32: Inductor converts masks between the widths of vectors one element at a time.
+        field, _ = _field(load([byte]), position, 1)
+        return ops.ne(ops.to_dtype(field, torch.float32), ops.constant(0.0, torch.float32))
 
     device = packed.get_device()
     mask = ir.Pointwise.create(device=device, dtype=torch.bool, inner_fn=decode, ranges=[sympy.Integer(8), nbytes])

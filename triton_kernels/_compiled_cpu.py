@@ -1,47 +1,60 @@
-"""CPU bodies of the encoders: the references, compiled by Inductor once per format and dtype, for any size.
+"""CPU body of the encoder: ``_compiled_cpu.cpp``, compiled once per format and dtype, for any size.
 
-Inductor turns the reference's arithmetic into vectorized C++ that packs codes in registers. One body serves all
-tensors of a model, so that a graph's compile time does not grow with what it stores.
+One body serves all tensors of a model, so that a graph's compile time does not grow with what it stores. Inductor's own
+compiler and cache build it, so that it needs nothing that compiling the graph does not need.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import torch
-import torch._inductor.config as inductor_config
 from torch import Tensor
-from torch._guards import TracingContext, tracing
-from torch._inductor.compile_fx import compile_fx_inner
-from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.virtualized import V
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch._inductor.codecache import CppPythonBindingsCodeCache
 
-from ._hash import mix_seed
+from ._hash import FRACTION_BITS, INDEX_HIGH_MULTIPLIER, MULTIPLIERS, SHIFTS, mix_seed
 from ._layout import to_storage_order
-from .quantize import encode_groups, group, quantize, quantize_fake
+from .quantize import MAX_SCALE, MAX_SPREAD, MIN_SCALE, PLANES, check_arguments, num_groups, quantize_fake
 
-# Groups of the example that a body is traced with; any number but 0 and 1 means the same.
-_EXAMPLE_GROUPS = 24
+# Elements below which another thread costs more than it saves.
+THREAD_NUMEL = 2**15
+
+# How the elements of a dtype are read.
+_ELEMENTS: dict[torch.dtype, dict[str, tuple[str, object]]] = {
+    torch.float32: {"INFINITY_BITS": ("Word", 0x7F800000), "SHIFT": ("int", 0), "UNIT": ("float", 1.0)},
+    torch.bfloat16: {"INFINITY_BITS": ("Word", 0x7F80), "SHIFT": ("int", 16), "UNIT": ("float", 1.0)},
+    torch.float16: {"INFINITY_BITS": ("Word", 0x7C00), "SHIFT": ("int", 13), "UNIT": ("float", 2.0**112)},
+}
+
+_WORDS = {4: "int32_t", 2: "int16_t"}
+
+
+def _constants(bits: int, group_size: int, dtype: torch.dtype) -> dict[str, tuple[str, object]]:
+    """Name -> type and value of all that the source expects to be defined, but ``Word``."""
+    low_bits, high_bits = (*PLANES[bits], 0)[:2]
+    integers = {"LOW_BITS": low_bits, "HIGH_BITS": high_bits, "GROUP_SIZE": group_size, "FRACTION_BITS": FRACTION_BITS}
+    integers |= {f"SHIFT{i}": shift for i, shift in enumerate(SHIFTS)}
+    words = {f"MULTIPLIER{i}": multiplier % 2**32 for i, multiplier in enumerate(MULTIPLIERS)}
+    words["INDEX_HIGH_MULTIPLIER"] = INDEX_HIGH_MULTIPLIER
+    floats = {"MIN_SCALE": MIN_SCALE, "MAX_SCALE": MAX_SCALE, "MAX_SPREAD": MAX_SPREAD}
+    floats["LARGEST"] = torch.finfo(dtype).max
+    typed: dict[str, tuple[str, object]] = dict(_ELEMENTS[dtype])
+    for ctype, values in (("int", integers), ("uint32_t", words), ("float", floats)):
+        typed |= {name: (ctype, value) for name, value in values.items()}
+    return typed
 
 
 @functools.cache
-def _encoder(bits: int, group_size: int, dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """``encode_groups`` compiled for any number of groups."""
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
-    groups = mode.from_tensor(torch.empty(_EXAMPLE_GROUPS, group_size, dtype=dtype), symbolic_context=context)
-    key = mode.from_tensor(torch.zeros((), dtype=torch.int64))
-    body = functools.partial(encode_groups, bits=bits)
-    # A graph of its own: nothing of the one that is being compiled or run may reach it.
-    with torch.no_grad(), tracing(TracingContext(mode)), torch.device("cpu"), V.set_fake_mode(mode):
-        traced = make_fx(lambda g, k: body(g, key=k), select_decomp_table(), tracing_mode="symbolic")(groups, key)
-        # Loops over groups end in scalar code: that takes a quarter off the compile time and nothing off the speed.
-        with inductor_config.patch({"cpp.enable_loop_tail_vec": False}):
-            compiled = compile_fx_inner(traced, [groups, key])
-    return lambda *args: compiled(list(args))
+def _encoder(bits: int, group_size: int, dtype: torch.dtype) -> Callable[..., None]:
+    """The source's ``kernel`` for one format and dtype."""
+    check_arguments(dtype, bits, group_size)
+    word = _WORDS[dtype.itemsize]
+    lines = ["#include <cstdint>", f"using Word = {word};"]
+    for name, (ctype, value) in _constants(bits, group_size, dtype).items():
+        lines.append(f"constexpr {ctype} {name} = {value!r};")
+    source = Path(__file__).with_suffix(".cpp").read_text()
+    pointers = [f"const {word}*", "const int64_t*", "uint8_t*", "uint16_t*", f"{word}*"]
+    return CppPythonBindingsCodeCache.load_pybinding([*pointers, *["int64_t"] * 3], "\n".join([*lines, source]))
 
 
 @torch.library.custom_op(
@@ -49,10 +62,13 @@ def _encoder(bits: int, group_size: int, dtype: torch.dtype) -> Callable[..., tu
 )
 def quantize_compiled(x: Tensor, bits: int, group_size: int, seed: Tensor, salt: int) -> tuple[Tensor, Tensor, Tensor]:
     """``quantize`` with a compiled body."""
-    if not x.numel():
-        return quantize(x, bits, group_size, seed, salt)
+    flat = to_storage_order(x)
+    groups = num_groups(flat.numel(), group_size)
+    codes = flat.new_empty(groups * (group_size * bits // 8), dtype=torch.uint8)
+    scale, zero = flat.new_empty(groups, dtype=torch.bfloat16), flat.new_empty(groups)
     encode = _encoder(bits, group_size, x.dtype)
-    codes, scale, zero = encode(group(to_storage_order(x), group_size), seed ^ mix_seed(salt))
+    threads = min(torch.get_num_threads(), 1 + flat.numel() // THREAD_NUMEL)
+    encode(flat, seed, codes, scale, zero, mix_seed(salt), flat.numel(), threads)
     return codes, scale, zero
 
 

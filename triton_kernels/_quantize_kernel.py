@@ -170,11 +170,12 @@ def _dequantize_kernel(
     """Inverse of ``_quantize_kernel``."""
     PARTS: tl.constexpr = 8 // (HIGH_BITS if HIGH_BITS else LOW_BITS)
     WIDTH: tl.constexpr = GROUP_SIZE // PARTS
-    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)[:, None]  # [GROUPS, 1]
+    row = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)  # [GROUPS]
+    group, exists = row[:, None], row[:, None] < num_groups  # [GROUPS, 1]
     column = tl.arange(0, WIDTH)[None, :]  # [1, WIDTH]
-    exists = group < num_groups
-    scale = tl.load(scale_ptr + group, mask=exists, other=0.0).to(tl.float32)  # [GROUPS, 1]
-    zero = tl.load(zero_ptr + group, mask=exists, other=0.0).to(tl.float32)  # [GROUPS, 1]
+    # In one dimension: a load of [GROUPS, 1] is repeated for each element that a thread holds.
+    scale = tl.load(scale_ptr + row, mask=row < num_groups, other=0.0).to(tl.float32)[:, None]  # [GROUPS, 1]
+    zero = tl.load(zero_ptr + row, mask=row < num_groups, other=0.0).to(tl.float32)[:, None]  # [GROUPS, 1]
     codes = _load_plane(codes_ptr, group, exists, LOW_BITS, PARTS, WIDTH)
     if HIGH_BITS:
         high_ptr = codes_ptr + num_groups * (GROUP_SIZE * LOW_BITS // 8)

@@ -89,10 +89,7 @@ def group(flat: Tensor, group_size: int) -> Tensor:
 
 
 def encode_groups(groups: Tensor, bits: int, key: Tensor, first_group: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """The formula for [num_groups, group_size], the first of them the ``first_group``-th of its tensor.
-
-    Compiled as it stands for the CPU.
-    """
+    """The formula for [num_groups, group_size], the first of them the ``first_group``-th of its tensor."""
     levels = 2**bits - 1
     values = groups.float()
     low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
@@ -106,34 +103,24 @@ def encode_groups(groups: Tensor, bits: int, key: Tensor, first_group: int = 0) 
     scale = torch.where(above <= room, above, (raw & _BF16_MASK).view(torch.float32))
 
     inverse, origin, mask = 2.0 / scale, low * 0.5, finite.to(torch.int32) * levels
-    parts = 8 // min(PLANES[bits])
-    width = groups.shape[1] // parts
-    codes = []
-    # Part by part, so that the compiled code packs them in registers instead of storing one code per int32.
-    for part in range(parts):
-        columns = slice(part * width, (part + 1) * width)
-        position = ((values[:, columns] * 0.5 - origin) * inverse).clamp(max=levels)
-        fixed = (position * float(2**FRACTION_BITS)).to(torch.int32)
-        rounded = (fixed + noise(key, groups.shape, columns, first_group)) >> FRACTION_BITS
-        # What a non-finite position converts to differs between machines: such groups get the code 0 throughout.
-        codes.append(rounded & mask)
+    position = ((values * 0.5 - origin) * inverse).clamp(max=levels)
+    fixed = (position * float(2**FRACTION_BITS)).to(torch.int32)
+    rounded = (fixed + noise(key, groups.shape, slice(0, groups.shape[1]), first_group)) >> FRACTION_BITS
+    # What a non-finite position converts to differs between machines: such groups get the code 0 throughout.
+    codes = rounded & mask
 
     scale = torch.where(finite, scale, math.nan).to(torch.bfloat16)
     zero = torch.where(finite, low, math.nan).to(groups.dtype)
     return pack_planes(codes, bits), scale.view(-1), zero.view(-1)
 
 
-def pack_planes(parts: list[Tensor], bits: int) -> Tensor:
-    """int32 codes, in parts [num_groups, group_size / len(parts)] along the columns -> uint8 planes."""
+def pack_planes(codes: Tensor, bits: int) -> Tensor:
+    """int32 codes [num_groups, group_size] -> uint8 planes."""
     planes, offset = [], 0
     for width in PLANES[bits]:
-        # Parts that lie side by side within one field of a byte.
-        run = len(parts) * width // 8
-        rows = []
-        for first in range(run):
-            fields = [(code >> offset) & (2**width - 1) for code in parts[first::run]]
-            rows.append(functools.reduce(torch.bitwise_or, (f << (width * i) for i, f in enumerate(fields))))
-        plane = rows[0] if run == 1 else torch.cat(rows, 1)
+        # [num_groups, fields of a byte, bytes]
+        fields = ((codes >> offset) & (2**width - 1)).unflatten(1, (8 // width, -1))
+        plane = functools.reduce(torch.bitwise_or, (f << (width * i) for i, f in enumerate(fields.unbind(1))))
         planes.append(plane.to(torch.uint8).view(-1))
         offset += width
     return planes[0] if len(planes) == 1 else torch.cat(planes)

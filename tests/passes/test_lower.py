@@ -93,30 +93,6 @@ def test_unpack_bool() -> None:
         assert torch.equal(got, mask)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("bits", "dtype"),
-    # Every width and every dtype; one body is compiled for each.
-    [
-        (1, torch.float32),
-        (2, torch.bfloat16),
-        (3, torch.float32),
-        (4, torch.float16),
-        (6, torch.bfloat16),
-        (8, torch.float32),
-    ],
-)
-def test_compiled_encoder(bits: int, dtype: torch.dtype) -> None:
-    for layout in LAYOUTS:
-        x = tensor(layout, dtype)
-        arguments = (x, bits, GROUP_SIZE, torch.tensor(-(2**61) + 5), 11)
-        expected = torch.ops.actcompile.quantize(*arguments)
-        got = torch.ops.actcompile.quantize_compiled(*arguments)
-        for one, other in zip(got, expected, strict=True):
-            assert one.dtype == other.dtype
-            assert torch.equal(one, other), layout
-
-
 def test_encoders_point_to_their_compiled_bodies() -> None:
     traced = trace(lambda w, x: (x @ w).sin(), torch.randn(8, 8, requires_grad=True), torch.randn(16, 8))
     plan = traced.keep_all(mm=Decision(Action.QUANTIZE, "test", bits=4, group_size=32))

@@ -80,9 +80,8 @@ def test_one_bit_by_hand() -> None:
     ],
 )
 def test_planes_by_hand(bits: int, expected: list[int]) -> None:
-    parts = 8 // min(PLANES[bits])
     codes = (torch.arange(32, dtype=torch.int32) % 2**bits).view(1, 32)
-    packed = pack_planes(list(codes.chunk(parts, 1)), bits)
+    packed = pack_planes(codes, bits)
     assert packed.tolist() == expected
     assert torch.equal(unpack_planes(split_planes(packed, bits, 32), bits, 32), codes)
 
@@ -90,7 +89,7 @@ def test_planes_by_hand(bits: int, expected: list[int]) -> None:
 @ALL_BITS
 def test_planes_of_several_groups(bits: int) -> None:
     codes = torch.randint(2**bits, (5, 64), generator=torch.Generator().manual_seed(bits)).to(torch.int32)
-    packed = pack_planes(list(codes.chunk(8 // min(PLANES[bits]), 1)), bits)
+    packed = pack_planes(codes, bits)
     assert packed.numel() == 5 * 64 * bits // 8
     assert torch.equal(unpack_planes(split_planes(packed, bits, 64), bits, 64), codes)
 

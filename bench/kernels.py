@@ -1,0 +1,140 @@
+"""Speed of the codecs beside a copy of the same tensor, and of codecs compiled together with their neighbours.
+
+What a step runs: kernels on a CUDA device; on the CPU the compiled encoder and the decoders that Inductor makes. Runs
+of a codec, of the copy and of all else in a row alternate in one process. The best run counts first: on the CPU, a
+result whose memory comes fresh from the system takes several times as long, the copy's as well as the codec's.
+
+GB/s are bytes of the exact tensor per second, whatever is read and written for them.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+from torch.nn.functional import gelu, layer_norm
+
+import actcompile.passes.lower  # noqa: F401  teaches Inductor the codecs
+from actcompile.meter import measure_steps
+from actcompile.triton_kernels.quantize import PLANES
+
+from .harness import MIB, append_row, pick_device
+
+OPS = torch.ops.actcompile
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GROUP_SIZE = 256
+WIDTH = 1024
+
+Runs = dict[str, Callable[[], object]]
+
+
+def encoder(x: Tensor, bits: int) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """The operator that a compiled graph runs on ``x``'s device."""
+    operator, seed = OPS.quantize if x.is_cuda else OPS.quantize_compiled, torch.tensor(7, device=x.device)
+    return lambda values: operator(values, bits, GROUP_SIZE, seed, 3)
+
+
+def decoder(x: Tensor, bits: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Back to a tensor like ``x``."""
+    shape, stride, dtype = list(x.shape), list(x.stride()), x.dtype
+    return lambda codes, scale, zero: OPS.dequantize(codes, scale, zero, bits, GROUP_SIZE, shape, stride, dtype)
+
+
+def codec_runs(x: Tensor, bits: int) -> Runs:
+    """Both directions on their own, and the copy."""
+    encode, decode = encoder(x, bits), compiled(decoder(x, bits))
+    encoded = encode(x)
+    return {"copy": x.clone, "encode": lambda: encode(x), "decode": lambda: decode(*encoded)}
+
+
+def mask_runs(mask: Tensor) -> Runs:
+    """Both directions of masks, and the copy."""
+    shape, packed = list(mask.shape), OPS.pack_bool(mask)
+    unpack = compiled(lambda part: OPS.unpack_bool(part, shape))
+    return {"copy": mask.clone, "pack_bool": lambda: OPS.pack_bool(mask), "unpack_bool": lambda: unpack(packed)}
+
+
+def neighbour_runs(x: Tensor, bits: int) -> Runs:
+    """Codecs with a producer or a consumer, in one compiled function and ("apart") in one for each."""
+    encode, decode = encoder(x, bits), decoder(x, bits)
+    encoded, gradient = encode(x), torch.randn_like(x)
+    runs: Runs = {"copy": x.clone}
+
+    def normalize(values: Tensor) -> Tensor:
+        return layer_norm(values, [WIDTH])
+
+    for name, produce in (("gelu", gelu), ("layer_norm", normalize)):
+        together = compiled(lambda values, produce=produce: encode(produce(values)))
+        alone = compiled(produce)
+        runs[f"{name}, encode"] = lambda together=together: together(x)
+        runs[f"{name}, encode apart"] = lambda alone=alone: encode(alone(x))
+
+    def consume(values: Tensor, gradient: Tensor) -> Tensor:
+        return torch.ops.aten.gelu_backward(gradient, values)
+
+    together = compiled(lambda gradient, *parts: consume(decode(*parts), gradient))
+    consume_alone, decode_alone = compiled(consume), compiled(decode)
+    runs["decode, gelu_backward"] = lambda: together(gradient, *encoded)
+    runs["decode, gelu_backward apart"] = lambda: consume_alone(decode_alone(*encoded), gradient)
+    return runs
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` compiled by Inductor, for one size."""
+    return torch.compile(function, dynamic=False)
+
+
+def measure(runs: Runs, nbytes: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """One row for each but the copy: best and median times, also as multiples of the copy's."""
+    measure_steps(runs, 2)
+    times = measure_steps(runs, rounds)
+    for name in list(runs)[1:]:
+        row: dict[str, Any] = {"kernel": name}
+        for prefix, pick in (("best_", min), ("", statistics.median)):
+            elapsed_ms, copy_ms = pick(times[name]), pick(times["copy"])
+            row[f"{prefix}ms"], row[f"{prefix}copy_ms"] = round(elapsed_ms, 3), round(copy_ms, 3)
+            row[f"{prefix}ratio"] = round(elapsed_ms / copy_ms, 3)
+        yield {**row, "best_gb_per_s": round(nbytes / row["best_ms"] / 1e6, 2)}
+
+
+def cases(parts: Sequence[str], dtypes: Sequence[str], widths: Sequence[int], nbytes: int) -> Iterator[tuple[Any, ...]]:
+    """Dtype, bits, and what to run for them."""
+    device = pick_device()
+    for dtype in dtypes:
+        numel = nbytes // DTYPES[dtype].itemsize
+        x = torch.randn(numel // WIDTH, WIDTH, device=device).to(DTYPES[dtype])
+        for bits in widths if "codecs" in parts else ():
+            yield dtype, bits, codec_runs(x, bits)
+        if "neighbours" in parts:
+            yield dtype, 4, neighbour_runs(x, 4)
+    if "masks" in parts:
+        yield "bool", 1, mask_runs(torch.rand(nbytes, device=device) < 0.5)
+
+
+def main() -> None:
+    """Measures, appends rows and prints the table."""
+    parser = argparse.ArgumentParser("python -m bench.kernels", description=__doc__)
+    parts = ["codecs", "masks", "neighbours"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="what to measure")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the tensors")
+    parser.add_argument("--bits", type=int, nargs="+", choices=PLANES, default=list(PLANES), help="of the codes")
+    large = 1024 if pick_device().type == "cuda" else 64
+    parser.add_argument("--mib", type=int, default=large, help="size of the exact tensor")
+    parser.add_argument("--rounds", type=int, default=20, help="timed runs of each")
+    options = parser.parse_args()
+    table = []
+    with torch.no_grad():
+        for dtype, bits, runs in cases(options.parts, options.dtypes, options.bits, options.mib * MIB):
+            for row in measure(runs, options.mib * MIB, options.rounds):
+                table.append({"dtype": dtype, "bits": bits, "mib": options.mib, **row})
+                append_row("kernels", {**table[-1], "rounds": options.rounds})
+            print(f"{dtype}, {bits} bits: measured", flush=True)
+            torch._dynamo.reset()
+    print(tabulate(table, headers="keys"))
+
+
+if __name__ == "__main__":
+    main()
