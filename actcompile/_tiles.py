@@ -13,7 +13,7 @@ are the same but for the order of sums; the bytes come close to those of compile
 import functools
 import math
 import operator
-from collections.abc import Callable, Container, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,13 +55,24 @@ class Tiling:
     returned: tuple[fx.Node, ...]
     count: int
 
-    def run(self, values: MutableMapping[fx.Node, Any], readers: MutableMapping[fx.Node, Any] | None) -> None:
-        """Computes what is returned, and notes how to read what is decoded."""
+    def run(
+        self,
+        values: MutableMapping[fx.Node, Any],
+        readers: MutableMapping[fx.Node, Any] | None,
+        expiring: Iterable[fx.Node] = (),
+    ) -> None:
+        """Computes what is returned, and notes how to read what is decoded.
+
+        One result takes the memory of an ``expiring`` value, which nobody reads behind the run, where it can.
+        """
         readers = {} if readers is None else readers
         for node in self.nodes:
             if node.target in DECODERS and node not in readers:
                 readers[node] = functools.partial(node.target, *fx.node.map_arg(node.args, values.__getitem__))
-        results = {node: _start(node) for node in self.returned}
+        written, memory = self._reused(values, expiring) or (None, None)
+        # Last of its rows: the others may be views of what lay there.
+        order = [*(node for node in self.returned if node is not written), *([written] if written else [])]
+        results = {node: memory if memory is not None and node is written else _start(node) for node in order}
         for index in range(self.count):
             part = Part(index, 1, self.count)
             tile: dict[fx.Node, Any] = {}
@@ -73,6 +84,20 @@ class Tiling:
                 else:
                     result[part.rows(len(result))] = tile[node]
         values.update({node: result.to(node.meta["val"].dtype) for node, result in results.items()})
+
+    def _reused(self, values: Mapping[fx.Node, Any], expiring: Iterable[fx.Node]) -> tuple[fx.Node, Tensor] | None:
+        """A result, and the memory of a value that is as large and read row by row, and that nothing else lies in."""
+        for source in expiring:
+            value = values.get(source)
+            reads = {(node, source) for node in self.nodes if source in node.all_input_nodes}
+            if source.op != "call_function" or not isinstance(value, Tensor) or not reads <= self.cut:
+                continue
+            for node in self.returned:
+                result = node.meta["val"]
+                is_alike = result.dtype == value.dtype and result.numel() == value.numel() and not is_sum(node)
+                if is_alike and result.is_contiguous() and value.is_contiguous() and _is_alone(value):
+                    return node, value.view(result.shape)
+        return None
 
     def _value(
         self,
@@ -96,6 +121,13 @@ class Tiling:
             shape = [node.meta["val"].shape[0] // self.count, *node.meta["val"].shape[1:]]
             return args[0].reshape(shape) if node.target in VIEWS else args[0].expand(shape)
         return node.target(*args, **fx.node.map_arg(node.kwargs, read))  # type: ignore[operator]
+
+
+def _is_alone(value: Tensor) -> bool:
+    """Whether ``value`` fills its memory, and no other tensor lies there."""
+    memory = value.untyped_storage()
+    # The tensor and the object that stands for its memory.
+    return memory.nbytes() == value.nbytes and torch._C._storage_Use_Count(memory._cdata) == 2  # type: ignore[attr-defined]
 
 
 def _start(node: fx.Node) -> Tensor:
@@ -194,7 +226,8 @@ def run_graph(
             expiring.setdefault(position, []).append(node)
     for position, piece in enumerate(pieces):
         if isinstance(piece, Tiling):
-            piece.run(values, readers)
+            unread = [node for node in expiring.get(position, ()) if node not in returned and node not in kept]
+            piece.run(values, readers, unread)
         elif _writes_in_place(piece) and piece.args[0] not in kept:
             args = fx.node.map_arg(piece.args, values.__getitem__)
             values[piece] = _IN_PLACE[piece.target](*args)  # type: ignore[index, misc]

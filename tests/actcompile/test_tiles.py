@@ -1,6 +1,7 @@
 """Graphs that are interpreted a few rows at a time, against the same graphs taken whole."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -117,3 +118,50 @@ def test_codes_are_decoded_by_parts() -> None:
     whole = fx.Interpreter(traced.pair.backward).run(*saved, torch.ones(()))
     torch.testing.assert_close(results[0], whole[0])
     assert set(readers) == decoded
+
+
+def _product_and_chain(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    return ((x.view(24, 8) @ w).view(6, 4, 8).sin() * x,)
+
+
+def _product_returned(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    y = x.view(24, 8) @ w
+    return (y.view(6, 4, 8).sin() * x, y.view(4, 48))
+
+
+def _product_read_later(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    y = x.view(24, 8) @ w
+    return (y.view(6, 4, 8).sin() * x, y.t() @ y)
+
+
+@pytest.mark.parametrize(
+    ("function", "is_reused"),
+    [
+        (_product_and_chain, True),
+        (_product_returned, False),
+        (_product_read_later, False),
+        (lambda x, w: (x.view(24, 8).sin().view(6, 4, 8) * 2,), False),
+    ],
+)
+def test_results_take_the_memory_of_what_nobody_reads_any_more(
+    function: Callable[..., tuple[Tensor, ...]], is_reused: bool
+) -> None:
+    w = torch.randn(8, 8)
+    x = X.clone()
+    graph = _traced(function, x, w).graph
+    products = []
+
+    def evaluate(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        value = call_node(node, values)
+        if node.target is torch.ops.aten.mm.default:
+            products.append(value.data_ptr())
+        return value
+
+    values = dict(zip(graph.find_nodes(op="placeholder"), (x, w), strict=True))
+    pieces = find_tilings(ordered(graph))
+    assert any(isinstance(piece, Tiling) for piece in pieces)
+    results = run_graph(pieces, graph_outputs(graph), values, {}, evaluate)
+    torch.testing.assert_close(x, X, rtol=0, atol=0)
+    for result, expected in zip(results, function(X, w), strict=True):
+        torch.testing.assert_close(result, expected)
+    assert (results[0].data_ptr() in products) == is_reused
