@@ -97,6 +97,12 @@ class Sweep:
         """The results of the graph, with the values of some leaves changed; keeps nothing."""
         return self._run(self.nodes, graph_outputs(self.graph), frozenset(), change or {})
 
+    def value(self, node: fx.Node) -> Any:
+        """What ``node`` computes; runs only what that takes. How to read the leaves has to be known."""
+        needed = sources_of([node])
+        (value,) = self._run([one for one in self.nodes if one in needed], [node], frozenset(), {})
+        return value
+
     def run_last(self) -> list[Any]:
         """The results of the graph; lets go of its arguments meanwhile, so that nothing can run behind it."""
         values, self._arguments, self.readers = self._arguments, {}, {}

@@ -34,6 +34,7 @@ from ._measure import Rounding, measure
 from ._slices import Groups, Layout, Part, SlicedBackward, cut, decode, samples_meet, slice_backward
 from ._sweep import Sweep
 from ._tiles import call_node, find_tilings, ordered, run_graph
+from ._weights import bottleneck, squares
 from .config import CODE_BITS
 from .passes._fx import ROW_KEY, GraphPair, graph_outputs, is_tensor
 from .passes.place_codecs import DECODERS
@@ -51,8 +52,8 @@ dequantize = torch.ops.actcompile.dequantize.default
 _FUSED = 1.0
 # Shares of the batch that are probed: as it is stored, and with more noise. Beside the backward itself, a product
 # takes as long as 2.6 more of its samples.
-_SHARE = 0.6
-_NOISY_SHARE = 0.15
+_SHARE = 0.75
+_NOISY_SHARE = 0.125
 # Bits whose noise that is.
 _FEW_BITS = 2
 # Mixed into the seed of the next probe.
@@ -181,13 +182,12 @@ class Probe:
             return _measure(sweep, counted, roundings, seed)
 
         num_parts, num_noisy = (math.ceil(share * sliced.count) for share in (_SHARE, _NOISY_SHARE))
+        scale = _scale(whole, sliced, num_parts)
         exact = [measure_part(index, is_noisy=False) for index in range(num_parts)]
         noisy = [measure_part(index, is_noisy=True) for index in range(num_noisy)]
         found = {}
         for key, first in exact[0].items():
-            noises = {
-                bits: sum(one[key].variance[bits] for one in exact) * sliced.count / num_parts for bits in CODE_BITS
-            }
+            noises = {bits: scale * sum(one[key].variance[bits] for one in exact) for bits in CODE_BITS}
             ratio = _ratio([one[key] for one in noisy], [one[key] for one in exact[:num_noisy]])
             found[key] = Sensitivity(noises, first.method, _excess(noises[_FEW_BITS], ratio))
         return found
@@ -207,6 +207,16 @@ class Probe:
             key = leaf.meta[ROW_KEY]
             found[key] = Rounding(self._rounding[key], bits, Groups(layout, group_size, dim, part))
         return found
+
+
+def _scale(whole: Sweep, sliced: SlicedBackward, num_parts: int) -> float:
+    """How many times what the first parts add all of them add."""
+    node = bottleneck(whole.graph, sliced.dims)
+    if node is not None:
+        parts = squares(whole.value(node), sliced.dims[node.name], sliced.count)
+        if sum(parts[:num_parts]):
+            return sum(parts) / sum(parts[:num_parts])
+    return sliced.count / num_parts
 
 
 def _measure(
