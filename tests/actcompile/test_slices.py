@@ -40,3 +40,6 @@ def test_part_is_cut_from_the_whole(shape: tuple[int, ...], order: tuple[int, ..
     values = torch.randn(cut(x, dim, part).shape)
     expected = torch.zeros(-(-x.numel() // 32)).index_add_(0, groups.ids().flatten(), values.flatten())
     torch.testing.assert_close(groups.sums(values), expected)
+    of_groups = torch.randn(len(expected))
+    spread = groups.spread(of_groups)
+    assert torch.equal(spread, of_groups[groups.ids()])
