@@ -21,6 +21,9 @@ from .plan import Action, Decision, Plan, Profile, SavedTensor
 
 __all__ = ["ProbedGraph", "counted_nbytes", "host_nbytes", "make_plan", "predicted_noise", "solve", "stored_nbytes"]
 
+# How far sensitivities may be off: bits below uniform ones have to promise more than this.
+_TRUST = 1.4
+
 
 @dataclass(frozen=True)
 class ProbedGraph:
@@ -161,7 +164,36 @@ class _Choice:
         if picked is None:
             least_nbytes = sum(min(way.nbytes for way in row_ways) for row_ways in self.options)
             raise _infeasible(self.config, self.fixed_nbytes + least_nbytes)
-        return self.plans(picked)
+        return self.plans(self._certain(picked, nbytes))
+
+    def _certain(self, picked: list[int], nbytes: float) -> list[int]:
+        """``picked``; where that promises too little, what is no worse than uniform bits whatever the sensitivities."""
+        uniform = self._uniform(nbytes)
+        if uniform is None or self._noise(picked) * _TRUST <= self._noise(uniform):
+            return picked
+        finer = [
+            [index for index, option in enumerate(ways) if option.noise <= ways[least].noise]
+            for ways, least in zip(self.options, uniform, strict=True)
+        ]
+        options = [[ways[index] for index in kept] for ways, kept in zip(self.options, finer, strict=True)]
+        found = least_noise(options, nbytes)
+        assert found is not None
+        return [kept[index] for kept, index in zip(finer, found, strict=True)]
+
+    def _uniform(self, nbytes: float) -> list[int] | None:
+        """The codes of most bits, the same for all rows, that fit into ``nbytes``; None when none do."""
+        for bits in reversed(CODE_BITS):
+            picked = [next((index for index, way in enumerate(ways) if way.bits == bits), None) for ways in self.ways]
+            indices = [index for index in picked if index is not None]
+            if len(indices) == len(self.ways) and self._nbytes(indices) <= nbytes:
+                return indices
+        return None
+
+    def _nbytes(self, picked: Sequence[int]) -> int:
+        return sum(ways[index].nbytes for ways, index in zip(self.options, picked, strict=True))
+
+    def _noise(self, picked: Sequence[int]) -> float:
+        return sum(ways[index].noise for ways, index in zip(self.options, picked, strict=True))
 
     def plans(self, picked: Sequence[int]) -> list[Plan]:
         """One plan per graph, with the way at index ``picked`` for each row."""

@@ -414,6 +414,14 @@ def test_noise_and_mean_bits_are_reached_before_everything_is_offloaded() -> Non
         assert all(decision.offload for decision in moved.values()) and total_nbytes(graph, moved) == 0
 
 
+@pytest.mark.parametrize(("other", "bits"), [(0.001, [8, 4]), (0.046, [6, 6])])
+def test_bits_below_uniform_ones_promise_more_than_sensitivities_may_be_off(other: float, bits: list[int]) -> None:
+    """The second case promises a noise 1.2 times lower, less than predictions may be off."""
+    graph = probed({"a": 1.0, "b": other}, numel=2**16)
+    (plan,) = solve([graph], Config(bits=6, auto=True))
+    assert [plan[key].bits for key in "ab"] == bits
+
+
 def test_two_thousand_tensors_are_planned_in_less_than_half_a_second() -> None:
     """The budget asks for about half of them to be moved. Garbage of other tests is not collected meanwhile."""
     graph = probed({str(i): 10.0 ** -(i % 7) for i in range(2000)}, numel=2**20)
