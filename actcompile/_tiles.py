@@ -23,6 +23,7 @@ from torch import Tensor, fx
 from ._rowwise import VIEWS, Run, find_runs, is_sum
 from ._seeded import RANDOM
 from ._slices import Part, decode
+from ._torch import num_in_memory
 from .passes._views import ALIAS_OPS
 from .passes.place_codecs import DECODERS
 
@@ -125,9 +126,7 @@ class Tiling:
 
 def _is_alone(value: Tensor) -> bool:
     """Whether ``value`` fills its memory, and no other tensor lies there."""
-    memory = value.untyped_storage()
-    # The tensor and the object that stands for its memory.
-    return memory.nbytes() == value.nbytes and torch._C._storage_Use_Count(memory._cdata) == 2  # type: ignore[attr-defined]
+    return value.untyped_storage().nbytes() == value.nbytes and num_in_memory(value) == 1
 
 
 def _start(node: fx.Node) -> Tensor:

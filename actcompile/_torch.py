@@ -57,6 +57,7 @@ __all__ = [
     "isolated_compile",
     "mark_dynamic_batch",
     "mode_options",
+    "num_in_memory",
     "own_code",
     "random_settings",
     "reentrant_tracing",
@@ -260,6 +261,13 @@ def isolated_compile(function: Callable[..., Any], backend: Callable[..., Any]) 
 def mark_dynamic_batch(value: torch.Tensor) -> None:
     """Lets Dynamo trace the first dimension of ``value`` as a symbol, where the model takes any size."""
     torch._dynamo.maybe_mark_dynamic(value, 0)
+
+
+def num_in_memory(value: torch.Tensor) -> int:
+    """Tensors that lie in the memory of ``value``, itself included."""
+    memory = value.untyped_storage()
+    # Seen in 2.11 to 2.13; one more is the object that stands for the memory here.
+    return torch._C._storage_Use_Count(memory._cdata) - 1  # type: ignore[attr-defined, no-any-return]
 
 
 def random_settings(lowering: str) -> dict[str, Any]:

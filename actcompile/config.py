@@ -50,9 +50,9 @@ class Config:
         memory: Bytes saved for the backward of one step: int, a string as "6GiB", or a float in (0, 1], the share of
             what torch.compile saves. Bits are chosen by sensitivities, unless ``auto`` is False.
         noise: Predicted E|g' - g|^2 / |g|^2 over the trainable parameters: the fewest bytes that reach it.
-        auto: Per-tensor bits from sensitivities, measured in the first step, which is interpreted and may take several
-            times the memory of a compiled one where samples meet, as in batch normalization (``profile`` on a small
-            batch avoids that); otherwise all get the same.
+        auto: Per-tensor bits from sensitivities, measured in the first step, which is interpreted and takes about twice
+            the memory of a compiled one where samples meet, as in batch normalization (``profile`` on a small batch
+            avoids that); otherwise all get the same.
         group_size: Elements that share one scale: a power of two from 32 to 4096.
         sparsity: Share of elements dropped from the inputs of linear layers. Not available in this release.
         sparse_value_bits: Bits of the values that are left: 16, 8 or 4.

@@ -6,13 +6,23 @@ import torch
 
 import actcompile
 from actcompile._gpt import GPT
-from actcompile._torch import copied
+from actcompile._torch import copied, num_in_memory
 
 
 def test_a_copied_graph_stays_with_its_owner() -> None:
     graph = torch.fx.symbolic_trace(lambda x: x + 1)
     copied(graph)
     assert graph.graph.owning_module is graph
+
+
+def test_views_lie_in_the_same_memory() -> None:
+    value = torch.ones(4, 4)
+    same = [value, value]
+    assert num_in_memory(same[1]) == 1
+    view = value[1:]
+    assert num_in_memory(value) == num_in_memory(view) == 2
+    del view
+    assert num_in_memory(value) == 1
 
 
 def test_dropout_with_random_numbers_of_eager_compiles() -> None:
