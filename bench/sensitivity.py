@@ -82,14 +82,15 @@ def plot(rows: Sequence[Mapping[str, str]]) -> Path:
     """Every tensor as a point, one panel per width."""
     import matplotlib.pyplot as plt
 
+    models = list(dict.fromkeys(row["model"] for row in rows))
     widths = sorted({row["bits"] for row in rows}, reverse=True)
     figure, axes = plt.subplots(1, len(widths), figsize=(5.5 * len(widths), 5), squeeze=False)
     for axis, width in zip(axes.flat, widths, strict=True):
         points = [row for row in rows if row["bits"] == width and float(row["measured"]) > 0]
-        for model in dict.fromkeys(row["model"] for row in points):
+        for index, model in enumerate(models):
             mine = [row for row in points if row["model"] == model and row["tensor"] not in (ALL, TRAINED)]
             x, y = ([float(row[name]) for row in mine] for name in ("measured", "predicted"))
-            axis.scatter(x, y, s=14, label=model)
+            axis.scatter(x, y, s=14, color=f"C{index}", label=model)
         ends = [pick(float(row["measured"]) for row in points) for pick in (min, max)]
         axis.fill_between(ends, *([ratio * end for end in ends] for ratio in BAND), color="0.85", zorder=0)
         axis.plot(ends, ends, color="0.5", linewidth=0.8, zorder=1)
