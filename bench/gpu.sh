@@ -2,7 +2,7 @@
 # Runs the GPU tests, the demo or a benchmark on a CUDA machine, from this checkout, with the Python and the torch that
 # are installed there: nothing is downloaded and nothing installed.
 #
-#   bench/gpu.sh tests|demo|kernels|peak|step|stored [options of that part]
+#   bench/gpu.sh tests|demo|kernels|peak|compile_time|stored [options of that part]
 #
 # Each part takes less than 9 minutes; the benchmarks append every row to bench/results/ as soon as it is measured, so
 # a part that was cut short can be repeated for what is missing (--layers, --variants; kernels: --parts, --dtypes,
@@ -19,7 +19,7 @@ python=${PYTHON:-python3}
 out=${OUT:-$root/demo-gpu}
 part=${1:-}
 case $part in
-tests | demo | kernels | peak | step | stored) shift ;;
+tests | demo | kernels | peak | compile_time | stored) shift ;;
 *) usage ;;
 esac
 
@@ -48,7 +48,7 @@ mkdir -p "$out"
 case $part in
 tests) "$python" -m pytest -m gpu tests "$@" ;;
 demo) "$python" -m actcompile demo --out "$out/demo" "$@" ;;
-kernels | peak | step | stored)
+kernels | peak | compile_time | stored)
     status=0
     "$python" -m "bench.$part" "$@" || status=$?
     cp "$root/bench/results/$part.csv" "$out/" || true

@@ -1,8 +1,8 @@
-"""Step time and cold compile time beside torch.compile, on the demo's model.
+"""Cold compile time beside torch.compile, on the demo's model.
 
-Step times alternate in one process. Each compilation happens in a process of its own with an empty cache and all caches
-off, after a tiny module was compiled there, so that what happens once per machine (precompiled headers, the workers'
-start) stays outside; the variants alternate.
+Each compilation happens in a process of its own with an empty cache and all caches off, after a tiny module was
+compiled there, so that what happens once per machine (precompiled headers, the workers' start) stays outside; the
+variants alternate.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from actcompile.meter import measure_steps, synchronize
+from actcompile.meter import synchronize
 
 from .harness import append_row, compile_act, pick_device
 from .models import Workload, make_gpt
@@ -69,16 +69,16 @@ def compile_in_process(variant: str) -> tuple[float, float]:
     """``compile_once`` in a fresh process with nothing cached."""
     with tempfile.TemporaryDirectory() as cache:
         env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-        command = [sys.executable, "-W", "ignore", "-m", "bench.step", "--compile-once", variant]
+        command = [sys.executable, "-W", "ignore", "-m", "bench.compile_time", "--compile-once", variant]
         done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
     elapsed_s, cpu_s = json.loads(done.stdout.splitlines()[-1])
     return elapsed_s, cpu_s
 
 
-def measure_variants(variants: list[str], rounds: int, pairs: int) -> dict[str, dict[str, list[float]]]:
-    """Step times in ms and compile times in s of each variant."""
+def measure_variants(variants: list[str], pairs: int) -> dict[str, dict[str, list[float]]]:
+    """Compile times in s of each variant."""
     measured: dict[str, dict[str, list[float]]] = {
-        variant: {"step_ms": [], "compile_s": [], "compile_cpu_s": []} for variant in variants
+        variant: {"compile_s": [], "compile_cpu_s": []} for variant in variants
     }
     for _ in range(pairs):
         for variant in variants:
@@ -86,11 +86,6 @@ def measure_variants(variants: list[str], rounds: int, pairs: int) -> dict[str, 
             measured[variant]["compile_s"].append(elapsed_s)
             measured[variant]["compile_cpu_s"].append(cpu_s)
             print(f"compile {variant}: {elapsed_s:.1f} s, {cpu_s:.1f} s of processor time", flush=True)
-    if rounds:
-        steps = {variant: make_step(variant, pick_device()) for variant in variants}
-        measure_steps(steps, 3)
-        for variant, times in measure_steps(steps, rounds).items():
-            measured[variant]["step_ms"] = times
     return measured
 
 
@@ -99,27 +94,26 @@ def summarize(variant: str, times: Mapping[str, list[float]], base: Mapping[str,
     row: dict[str, Any] = {"variant": variant}
     for name, values in times.items():
         for prefix, pick in (("", statistics.median), ("best_", min)):
-            row[prefix + name] = round(pick(values), 2) if values else None
-            row[f"{prefix}{name}_ratio"] = round(pick(values) / pick(base[name]), 3) if values and base else None
+            row[prefix + name] = round(pick(values), 2)
+            row[f"{prefix}{name}_ratio"] = round(pick(values) / pick(base[name]), 3) if base else None
     return row
 
 
 def main() -> None:
     """Measures, appends rows and prints the table."""
-    parser = argparse.ArgumentParser("python -m bench.step", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=20, help="timed steps of each variant; 0 leaves them out")
-    parser.add_argument("--pairs", type=int, default=3, help="compilations of each variant; 0 leaves them out")
+    parser = argparse.ArgumentParser("python -m bench.compile_time", description=__doc__)
+    parser.add_argument("--pairs", type=int, default=3, help="compilations of each variant")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS)[:2], help="what to measure")
     parser.add_argument("--compile-once", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.compile_once:
         print(json.dumps(compile_once(options.compile_once)))
         return
-    measured = measure_variants(options.variants, options.rounds, options.pairs)
+    measured = measure_variants(options.variants, options.pairs)
     table = []
     for variant, times in measured.items():
         table.append(summarize(variant, times, measured.get(BASELINE)))
-        append_row("step", {**table[-1], "rounds": options.rounds, "pairs": options.pairs})
+        append_row("compile_time", {**table[-1], "pairs": options.pairs})
     print(tabulate(table, headers="keys"))
 
 
