@@ -13,11 +13,13 @@ largest step that torch.compile could run.
 
 import argparse
 import json
+import math
 import os
 import re
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -186,16 +188,20 @@ def main() -> None:
     parser.add_argument(
         "--limit-s", type=int, default=500, help="seconds that one variant may take, compilation included"
     )
+    parser.add_argument("--within-s", type=float, default=math.inf, help="seconds after which no other one is begun")
     parser.add_argument("--again", action="store_true", help="also what this commit has measured already")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
         print(json.dumps(measure(Case(**arguments.case), arguments.rounds)))
         return
+    end = time.monotonic() + arguments.within_s
     for case in list_cases(arguments):
         key = (*(str(value) for value in vars(case).values()), environment()["device"])
         done = {tuple(row[name] for name in KEYS) for row in read_rows("step", KEYS) if is_of_this_commit(row)}
-        if arguments.again or key not in done:
+        if time.monotonic() > end:
+            print("Not begun for lack of time:", *key, flush=True)
+        elif arguments.again or key not in done:
             row = measure_in_process(case, arguments.rounds, arguments.limit_s)
             append_row("step", row)
             print(*key, row["error"] or f"{row['peak_nbytes'] / MIB:.2f} MiB, {row['step_ms']} ms", flush=True)
