@@ -43,6 +43,7 @@ def largest_steps(rows: Sequence[Mapping[str, str]]) -> dict[str, dict[str, tupl
 def plot(rows: Sequence[Mapping[str, str]]) -> Path:
     """Peak over time, one panel per model, a line through the best points."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
     panels = largest_steps(rows)
     lines = max(1, -(-len(panels) // _PANELS))
@@ -62,9 +63,13 @@ def plot(rows: Sequence[Mapping[str, str]]) -> Path:
                 label=variant,
             )
         axis.set(xscale="log", title=title, xlabel="step time / torch.compile's")
+        axis.set_ylim(bottom=0)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.xaxis.set_minor_locator(NullLocator())
     for axis in axes[:, 0]:
         axis.set_ylabel("peak / torch.compile's")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="center right")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="center right", fontsize="small")
     figure.tight_layout(rect=(0, 0, 0.86, 1))
     path = RESULTS / "step.png"
     figure.savefig(path, dpi=150)
