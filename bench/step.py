@@ -199,12 +199,14 @@ def main() -> None:
     for case in list_cases(arguments):
         key = (*(str(value) for value in vars(case).values()), environment()["device"])
         done = {tuple(row[name] for name in KEYS) for row in read_rows("step", KEYS) if is_of_this_commit(row)}
+        if key in done and not arguments.again:
+            continue
         if time.monotonic() > end:
             print("Not begun for lack of time:", *key, flush=True)
-        elif arguments.again or key not in done:
-            row = measure_in_process(case, arguments.rounds, arguments.limit_s)
-            append_row("step", row)
-            print(*key, row["error"] or f"{row['peak_nbytes'] / MIB:.2f} MiB, {row['step_ms']} ms", flush=True)
+            continue
+        row = measure_in_process(case, arguments.rounds, arguments.limit_s)
+        append_row("step", row)
+        print(*key, row["error"] or f"{row['peak_nbytes'] / MIB:.2f} MiB, {row['step_ms']} ms", flush=True)
     rows = read_rows("step", KEYS)
     print_table([row for row in rows if row["model"] in arguments.models and row["size"] in arguments.sizes])
     print(f"Drawn: {plot(rows)}")
