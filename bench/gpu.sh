@@ -2,15 +2,17 @@
 # Runs the GPU tests, the demo or a benchmark on a CUDA machine, from this checkout, with the Python and the torch that
 # are installed there: nothing is downloaded and nothing installed.
 #
-#   bench/gpu.sh tests|demo|kernels|peak|step|stored [options of that part]
+#   bench/gpu.sh tests|demo|kernels|peak|step|compile_time|stored [options of that part]
 #
 # Each part takes less than 9 minutes; the benchmarks append every row to bench/results/ as soon as it is measured, so
 # a part that was cut short can be repeated for what is missing (--layers, --variants; kernels: --parts, --dtypes,
-# --bits). PYTHON names the interpreter, OUT a folder for the demo's output and copies of the results.
+# --bits). step finds that out itself: repeat it, or some of it (--models, --sizes, --batches, --variants), until it
+# leaves nothing out for lack of time. PYTHON names the interpreter, OUT a folder for the demo's output and copies of
+# the results.
 set -euo pipefail
 
 usage() {
-    sed -n '2,10s/^# \{0,1\}//p' "$0"
+    sed -n '2,12s/^# \{0,1\}//p' "$0"
     exit 2
 }
 
@@ -19,7 +21,7 @@ python=${PYTHON:-python3}
 out=${OUT:-$root/demo-gpu}
 part=${1:-}
 case $part in
-tests | demo | kernels | peak | step | stored) shift ;;
+tests | demo | kernels | peak | step | compile_time | stored) shift ;;
 *) usage ;;
 esac
 
@@ -38,7 +40,7 @@ cd "$site"
 import importlib.util
 import torch
 
-missing = [name for name in ("tabulate", "scipy", "sympy", "triton") if importlib.util.find_spec(name) is None]
+missing = [name for name in ("tabulate", "scipy", "sympy", "triton", "transformers", "matplotlib") if importlib.util.find_spec(name) is None]
 print(f"torch {torch.__version__}, device {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}")
 if missing:
     print(f"missing packages: {', '.join(missing)}")
@@ -48,10 +50,13 @@ mkdir -p "$out"
 case $part in
 tests) "$python" -m pytest -m gpu tests "$@" ;;
 demo) "$python" -m actcompile demo --out "$out/demo" "$@" ;;
-kernels | peak | step | stored)
+kernels | peak | step | compile_time | stored)
     status=0
+    if [ "$part" = step ]; then
+        set -- --within-s 330 --limit-s 180 "$@"
+    fi
     "$python" -m "bench.$part" "$@" || status=$?
-    cp "$root/bench/results/$part.csv" "$out/" || true
+    cp "$root/bench/results/$part".* "$out/" || true
     exit "$status"
     ;;
 esac

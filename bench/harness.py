@@ -57,6 +57,11 @@ def read_rows(bench: str, keys: Sequence[str]) -> list[dict[str, str]]:
         return list({tuple(row[key] for key in keys): row for row in csv.DictReader(file)}.values())
 
 
+def is_of_this_commit(row: Mapping[str, str]) -> bool:
+    """Whether ``row`` was measured with the commit that is checked out, with or without changes."""
+    return row["commit"].rstrip("+") == environment()["commit"].rstrip("+")
+
+
 @functools.cache
 def environment() -> dict[str, str]:
     """Where a row was measured."""

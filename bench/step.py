@@ -1,126 +1,215 @@
-"""Step time and cold compile time beside torch.compile, on the demo's model.
+"""Training steps of six models beside all that torch has to save memory: ``python -m bench.step``.
 
-Step times alternate in one process. Each compilation happens in a process of its own with an empty cache and all caches
-off, after a tiny module was compiled there, so that what happens once per machine (precompiled headers, the workers'
-start) stays outside; the variants alternate.
+A step is forward and backward, without an optimizer: weights in bfloat16 on a GPU, in float32 on the CPU (``--dtype``),
+no autocast. Peak and stored bytes are counted from before the forward, with no gradients there yet; the peak includes
+the gradients of the parameters, for which the rows have a column. Steps alternate with those of torch.compile in one
+process, and the ratio is the median of those of neighbours; compilation and the probe of ``auto`` come before that
+(``bench.compile_time``, ``bench.profile_cost``). Each variant has a process of its own, so that one that fails or takes
+too long leaves a row that says so.
+
+Rows that this commit has already measured on this device are left out. The plot shows, for each model, the rows of the
+largest step that torch.compile could run.
 """
 
 import argparse
 import json
+import math
 import os
+import re
 import statistics
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import nn
+from torch import Tensor
+from torch._dynamo.utils import counters
 
-from actcompile.meter import measure_steps, synchronize
+from actcompile.meter import measure_phases, measure_steps
 
-from .harness import append_row, compile_act, pick_device
-from .models import Workload, make_gpt
+from .harness import MIB, append_row, environment, is_of_this_commit, pick_device, read_rows
+from .large_models import SIZES, make_large
+from .pareto import plot
+from .variants import BASELINE, VARIANTS
 
-VARIANTS: Mapping[str, Callable[[nn.Module], Callable[..., Any]]] = {
-    "torch.compile": torch.compile,
-    "act4": lambda model: compile_act(model, bits=4),
-    "act4 none": lambda model: compile_act(model, bits=4, recompute="none"),
-    "checkpoint": torch.compile,
-}
-BASELINE = "torch.compile"
-
-
-def make_step(variant: str, device: torch.device) -> Callable[[], None]:
-    """Forward and backward of the demo's model, without the optimizer."""
-    workload = make_gpt(checkpointed=variant == "checkpoint", device=device)
-    compiled = VARIANTS[variant](workload.model)
-    return lambda: _step(workload, compiled)
+KEYS = ("model", "size", "batch", "dtype", "variant", "device")
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_WARM_UP = 3
 
 
-def _step(workload: Workload, compiled: Callable[..., Any]) -> None:
-    workload.model.zero_grad(set_to_none=True)
-    workload.loss(compiled).backward()
+@dataclass(frozen=True)
+class Case:
+    """What one row is about."""
+
+    model: str
+    size: str
+    batch: int
+    dtype: str
+    variant: str
 
 
-def compile_once(variant: str) -> tuple[float, float]:
-    """Seconds, and seconds of processor time, that the first step takes longer than the second in this process."""
-    device = pick_device()
-    tiny = torch.compile(nn.Sequential(nn.Linear(8, 8), nn.GELU()).to(device))
-    tiny(torch.ones(8, 8, device=device)).sum().backward()
-    step = make_step(variant, device)
-    (first_s, first_cpu_s), (second_s, second_cpu_s) = _seconds(step), _seconds(step)
-    return first_s - second_s, first_cpu_s - second_cpu_s
+class Steps:
+    """Training steps of one variant, compiled and warmed up."""
+
+    def __init__(self, case: Case, variant: str) -> None:
+        self._variant = VARIANTS[variant]
+        self._workload = make_large(
+            case.model,
+            case.size,
+            case.batch,
+            checkpointed=self._variant.checkpointed,
+            device=pick_device(),
+            dtype=DTYPES[case.dtype],
+        )
+        self._call = self._variant.compile(self._workload.model)
+        for _ in range(_WARM_UP):
+            self.run()
+        if self._variant.counter and not counters["inductor"][self._variant.counter]:
+            raise RuntimeError(f"the pass of {variant!r} found nothing to do: {self._variant.counter} is 0")
+
+    def run(self) -> None:
+        """One step."""
+        self._workload.model.zero_grad(set_to_none=True)
+        self._forward().backward()
+
+    def measure(self) -> dict[str, int]:
+        """Bytes of one step."""
+        self._workload.model.zero_grad(set_to_none=True)
+        losses: list[Tensor] = []
+        forward, backward = measure_phases(
+            [lambda: losses.append(self._forward()), lambda: losses.pop().backward()], pick_device()
+        )
+        return {
+            "peak_nbytes": max(forward.peak_nbytes, backward.peak_nbytes),
+            "stored_nbytes": forward.end_nbytes,
+            "parameter_nbytes": self._workload.parameter_nbytes(),
+        }
+
+    def _forward(self) -> Tensor:
+        with self._variant.context():
+            return self._workload.loss(self._call)
 
 
-def _seconds(fn: Callable[[], None]) -> tuple[float, float]:
-    """Elapsed time and processor time, that of finished child processes (compilers) included."""
-    synchronize()
-    before = os.times()
-    fn()
-    synchronize()
-    after = os.times()
-    return after.elapsed - before.elapsed, sum(after[:4]) - sum(before[:4])
-
-
-def compile_in_process(variant: str) -> tuple[float, float]:
-    """``compile_once`` in a fresh process with nothing cached."""
-    with tempfile.TemporaryDirectory() as cache:
-        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-        command = [sys.executable, "-W", "ignore", "-m", "bench.step", "--compile-once", variant]
-        done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
-    elapsed_s, cpu_s = json.loads(done.stdout.splitlines()[-1])
-    return elapsed_s, cpu_s
-
-
-def measure_variants(variants: list[str], rounds: int, pairs: int) -> dict[str, dict[str, list[float]]]:
-    """Step times in ms and compile times in s of each variant."""
-    measured: dict[str, dict[str, list[float]]] = {
-        variant: {"step_ms": [], "compile_s": [], "compile_cpu_s": []} for variant in variants
-    }
-    for _ in range(pairs):
-        for variant in variants:
-            elapsed_s, cpu_s = compile_in_process(variant)
-            measured[variant]["compile_s"].append(elapsed_s)
-            measured[variant]["compile_cpu_s"].append(cpu_s)
-            print(f"compile {variant}: {elapsed_s:.1f} s, {cpu_s:.1f} s of processor time", flush=True)
-    if rounds:
-        steps = {variant: make_step(variant, pick_device()) for variant in variants}
-        measure_steps(steps, 3)
-        for variant, times in measure_steps(steps, rounds).items():
-            measured[variant]["step_ms"] = times
-    return measured
-
-
-def summarize(variant: str, times: Mapping[str, list[float]], base: Mapping[str, list[float]] | None) -> dict[str, Any]:
-    """One row: medians, their ratios to ``base``, and the best values, which other work disturbs least."""
-    row: dict[str, Any] = {"variant": variant}
-    for name, values in times.items():
-        for prefix, pick in (("", statistics.median), ("best_", min)):
-            row[prefix + name] = round(pick(values), 2) if values else None
-            row[f"{prefix}{name}_ratio"] = round(pick(values) / pick(base[name]), 3) if values and base else None
+def measure(case: Case, rounds: int) -> dict[str, Any]:
+    """Bytes and times of one case, in this process."""
+    mine = Steps(case, case.variant)
+    row: dict[str, Any] = mine.measure()
+    steps = {"mine": mine.run}
+    # A variant may fit where the baseline does not.
+    try:
+        steps["base"] = mine.run if case.variant == BASELINE else Steps(case, BASELINE).run
+    except torch.OutOfMemoryError as error:
+        print(f"{BASELINE}: {error}", file=sys.stderr)
+    times_ms = measure_steps(steps, rounds)
+    row["step_ms"] = round(statistics.median(times_ms["mine"]), 2)
+    if "base" in times_ms:
+        pairs = zip(times_ms["mine"], times_ms["base"], strict=True)
+        row["baseline_step_ms"] = round(statistics.median(times_ms["base"]), 2)
+        row["time_ratio"] = round(statistics.median(mine / base for mine, base in pairs), 3)
     return row
 
 
-def main() -> None:
-    """Measures, appends rows and prints the table."""
-    parser = argparse.ArgumentParser("python -m bench.step", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=20, help="timed steps of each variant; 0 leaves them out")
-    parser.add_argument("--pairs", type=int, default=3, help="compilations of each variant; 0 leaves them out")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS)[:2], help="what to measure")
-    parser.add_argument("--compile-once", choices=VARIANTS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.compile_once:
-        print(json.dumps(compile_once(options.compile_once)))
-        return
-    measured = measure_variants(options.variants, options.rounds, options.pairs)
+def measure_in_process(case: Case, rounds: int, limit_s: int) -> dict[str, Any]:
+    """``measure`` in a process of its own: the row, with an error in the place of what could not be measured."""
+    row: dict[str, Any] = {
+        **vars(case),
+        **dict.fromkeys(("peak_nbytes", "stored_nbytes", "parameter_nbytes"), ""),
+        **dict.fromkeys(("step_ms", "baseline_step_ms", "time_ratio"), ""),
+        "rounds": rounds,
+        "error": "",
+    }
+    command = [sys.executable, "-W", "ignore", "-m", "bench.step", "--rounds", str(rounds), "--case"]
+    # What the variants set is not all part of that cache's keys.
+    env = {**os.environ, "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
+    try:
+        done = subprocess.run(
+            [*command, json.dumps(vars(case))], env=env, capture_output=True, text=True, timeout=limit_s, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {**row, "error": f"took more than {limit_s} s"}
+    if done.returncode:
+        return {**row, "error": last_error(done.stderr) or f"exit status {done.returncode}"}
+    return {**row, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def last_error(stderr: str) -> str:
+    """The line of the last exception in a traceback, shortened; empty if there is none."""
+    errors = re.findall(r"^[\w.]*(?:Error|Exception|Failed|Unsupported|Interrupt)\b.*$", stderr, re.MULTILINE)
+    return errors[-1][:200] if errors else ""
+
+
+def print_table(rows: list[dict[str, str]]) -> None:
+    """Bytes and times, shares of torch.compile's where it ran."""
+    peaks = {_step(row): int(row["peak_nbytes"]) for row in rows if row["variant"] == BASELINE and row["peak_nbytes"]}
     table = []
-    for variant, times in measured.items():
-        table.append(summarize(variant, times, measured.get(BASELINE)))
-        append_row("step", {**table[-1], "rounds": options.rounds, "pairs": options.pairs})
-    print(tabulate(table, headers="keys"))
+    for row in rows:
+        cells = [row[key] for key in ("model", "size", "batch", "variant")]
+        if row["error"]:
+            table.append([*cells, "", "", "", "", "", row["error"][:60]])
+            continue
+        share = f"{int(row['peak_nbytes']) / peaks[_step(row)]:.3f}" if _step(row) in peaks else ""
+        nbytes = (f"{int(row[name]) / MIB:.2f}" for name in ("peak_nbytes", "stored_nbytes"))
+        table.append([*cells, *nbytes, share, row["step_ms"], row["time_ratio"], ""])
+    headers = ("model", "size", "batch", "variant", "peak MiB", "stored MiB", "peak share", "step ms", "time", "error")
+    print(tabulate(table, headers, disable_numparse=True))
+
+
+def _step(row: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(row[key] for key in KEYS if key != "variant")
+
+
+def list_cases(arguments: argparse.Namespace) -> list[Case]:
+    """The cases that the arguments ask for, those that a model has no such size for left out."""
+    return [
+        Case(model, size, batch, arguments.dtype, variant)
+        for model in arguments.models
+        for size in arguments.sizes
+        if size in SIZES[model]
+        for batch in arguments.batches or SIZES[model][size].batches
+        for variant in arguments.variants
+    ]
+
+
+def main() -> None:
+    """Measures what is missing, appends rows, prints a table and draws all rows that there are."""
+    parser = argparse.ArgumentParser("python -m bench.step", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    sizes = list(dict.fromkeys(size for known in SIZES.values() for size in known))
+    dtype, size = ("bfloat16", "full") if torch.cuda.is_available() else ("float32", "tiny")
+    parser.add_argument("--models", nargs="*", choices=SIZES, default=list(SIZES), help="none: only draw")
+    parser.add_argument("--sizes", nargs="+", choices=sizes, default=[size], help="see bench/large_models.py")
+    parser.add_argument("--batches", nargs="+", type=int, help="in the place of those of the size")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="what to measure")
+    parser.add_argument("--dtype", choices=DTYPES, default=dtype, help="of weights and activations")
+    parser.add_argument("--rounds", type=int, default=20, help="timed steps of each variant")
+    parser.add_argument(
+        "--limit-s", type=int, default=500, help="seconds that one variant may take, compilation included"
+    )
+    parser.add_argument("--within-s", type=float, default=math.inf, help="seconds after which no other one is begun")
+    parser.add_argument("--again", action="store_true", help="also what this commit has measured already")
+    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        print(json.dumps(measure(Case(**arguments.case), arguments.rounds)))
+        return
+    end = time.monotonic() + arguments.within_s
+    for case in list_cases(arguments):
+        key = (*(str(value) for value in vars(case).values()), environment()["device"])
+        done = {tuple(row[name] for name in KEYS) for row in read_rows("step", KEYS) if is_of_this_commit(row)}
+        if key in done and not arguments.again:
+            continue
+        if time.monotonic() > end:
+            print("Not begun for lack of time:", *key, flush=True)
+            continue
+        row = measure_in_process(case, arguments.rounds, arguments.limit_s)
+        append_row("step", row)
+        print(*key, row["error"] or f"{row['peak_nbytes'] / MIB:.2f} MiB, {row['step_ms']} ms", flush=True)
+    rows = read_rows("step", KEYS)
+    print_table([row for row in rows if row["model"] in arguments.models and row["size"] in arguments.sizes])
+    print(f"Drawn: {plot(rows)}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch import nn
 
 import actcompile
 
-from .harness import append_row, compile_act, environment, read_rows
+from .harness import append_row, compile_act, is_of_this_commit, read_rows
 from .tasks import TASKS
 
 # torch's own random numbers in compiled code too, so that dropout is the same in all variants.
@@ -99,10 +99,6 @@ def known_rows() -> list[dict[str, str]]:
     return read_rows("training", ("task", "variant", "seed"))
 
 
-def _is_of_this_commit(row: Mapping[str, str]) -> bool:
-    return row["commit"].rstrip("+") == environment()["commit"].rstrip("+")
-
-
 def main() -> None:
     """Trains, appends rows and prints the table."""
     parser = argparse.ArgumentParser("python -m bench.training", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
@@ -117,7 +113,7 @@ def main() -> None:
         for seed in arguments.seeds:
             for variant in arguments.variants:
                 done = {
-                    (row["task"], row["variant"], int(row["seed"])) for row in known_rows() if _is_of_this_commit(row)
+                    (row["task"], row["variant"], int(row["seed"])) for row in known_rows() if is_of_this_commit(row)
                 }
                 if arguments.steps:
                     print(run(task, variant, seed, arguments.data, arguments.steps), flush=True)
