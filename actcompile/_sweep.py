@@ -48,8 +48,11 @@ class _Short(NamedTuple):
 def _shorten(value: Any) -> Any:
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() < _SHORT_MIN_NUMEL:
         return value
-    largest = torch.finfo(torch.float8_e4m3fn).max
-    scale = (value.abs().amax() / largest).clamp_min(torch.finfo(value.dtype).tiny)
+    largest = value.abs().amax()
+    if not largest.isfinite():
+        # Masks of attention hold -inf.
+        return value
+    scale = (largest / torch.finfo(torch.float8_e4m3fn).max).clamp_min(torch.finfo(value.dtype).tiny)
     return _Short((value / scale).to(torch.float8_e4m3fn), scale, value.dtype)
 
 

@@ -130,10 +130,17 @@ class Probe:
             sensitivities = self._sum_over_parts(sliced, whole, arguments, counted)
             # What was saved is let go while the backward runs, as in compiled code.
             results = whole.run_last()
-        square = sum(float(results[position].float().square().sum()) for position in counted)
-        self.profile = Profile(sensitivities, square)
-        self.is_armed = False
         self._rounding.clear()
+        square = sum(float(results[position].float().square().sum()) for position in counted)
+        if not math.isfinite(square):
+            # As in the first steps with a scaled loss.
+            log.warning("the gradient is not finite: sensitivities are measured in the next backward")
+            return results
+        unknown = [key for key, found in sensitivities.items() if not all(map(math.isfinite, found.variance.values()))]
+        if unknown:
+            log.warning("sensitivities that are not finite are taken as unknown: %s", ", ".join(unknown))
+        self.profile = Profile({key: found for key, found in sensitivities.items() if key not in unknown}, square)
+        self.is_armed = False
         return results
 
     def _counted(self, graph: fx.Graph) -> list[int]:

@@ -1,6 +1,8 @@
 """Predicted against measured noise, and that probing leaves training alone."""
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from torch import Tensor, nn
 import actcompile
 from actcompile import Plan, records
 from actcompile._sweep import Sweep
-from actcompile.plan import Action, Decision, Profile, SavedTensor
+from actcompile.config import CODE_BITS
+from actcompile.plan import Action, Decision, Profile, SavedTensor, Sensitivity
 from actcompile.triton_kernels._chunked import rounding_variance
 
 from ..models import Task, bert, gpt, resnet
@@ -158,3 +161,36 @@ def test_pairs_of_tensors_on_few_bits_are_counted(name: str) -> None:
     alone, together = ratios(1)
     assert alone < 0.4
     assert 0.7 < together < 2
+
+
+def test_a_gradient_that_is_not_finite_is_not_probed(caplog: pytest.LogCaptureFixture) -> None:
+    """Training with a scaled loss begins with steps that overflow and are left out."""
+    task = gpt(layers=1)
+    call = compiled(task.model, auto=True)
+    (task.loss(call) * torch.inf).backward()
+    task.model.zero_grad()
+    assert "the gradient is not finite" in caplog.text
+    assert all(record.profile is None for record in records.finished())
+    exact = task.gradients()
+    for _ in range(2):
+        found = task.gradients(call)
+    (record,) = records.finished()
+    assert record.profile is not None
+    assert all(v.variance[4] > 0 for v in record.profile.sensitivities.values())
+    assert torch.cosine_similarity(flat(found), flat(exact), dim=0) > 0.98
+
+
+def test_sensitivities_that_are_not_finite_are_unknown(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = actcompile.sensitivity.measure
+
+    def broken(*args: Any) -> dict[str, Sensitivity]:
+        found = original(*args)
+        first = min(found)
+        return {**found, first: Sensitivity(dict.fromkeys(CODE_BITS, math.nan), "probed")}
+
+    monkeypatch.setattr(actcompile.sensitivity, "measure", broken)
+    _, profile = probed(gpt(layers=1))
+    assert profile.sensitivities
+    assert "taken as unknown" in caplog.text

@@ -120,6 +120,15 @@ def test_values_in_8_bits_between_segments_change_little(monkeypatch: pytest.Mon
     assert 0 < max(errors) < 0.1
 
 
+def test_values_that_8_bits_do_not_hold_are_kept_as_they_are() -> None:
+    value = torch.tensor([0.5, float("-inf")]).repeat(_sweep._SHORT_MIN_NUMEL)
+    assert _sweep._shorten(value) is value
+    zeros = torch.zeros(_sweep._SHORT_MIN_NUMEL)
+    kept = _sweep._shorten(zeros)
+    assert isinstance(kept, _sweep._Short)
+    assert torch.equal(kept.read(), zeros)
+
+
 def test_whole_graph_is_what_autograd_says() -> None:
     sweep, targets = sweep_of(deep)
     values = {node: value.clone().requires_grad_() for node, value in sweep._arguments.items()}
