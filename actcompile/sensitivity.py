@@ -169,6 +169,7 @@ class Probe:
     ) -> dict[str, Sensitivity]:
         """Sensitivities over the samples of the first parts of the batch, scaled to all of them."""
         sweep, readers, dims = _sweep_of(sliced.graph, is_tiled=False), _readers(whole), sliced.dims
+        sweep.cut_like(whole)
         given = {node.name: value for node, value in arguments.items()}
         length = sliced.size // sliced.count
 

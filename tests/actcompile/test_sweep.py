@@ -175,3 +175,16 @@ def test_what_is_opaque() -> None:
     assert _sweep._is_opaque(backward(x, x, x, x, x, torch.ones(1, 1, 4), 0.0, False))
     assert _sweep._is_opaque(torch.ops.prims.erfc.default(x))
     assert not _sweep._is_opaque(x * 2) and not _sweep._is_opaque((x.detach(), None))
+
+
+def test_segments_of_a_graph_with_the_same_nodes() -> None:
+    sweep, targets = sweep_of(deep)
+    crossing, sizes = _segments.crossing_nbytes(sweep.nodes, sweep.leaves), _segments.new_nbytes(sweep.nodes)
+    (places,) = _segments.starts(sweep.nodes, crossing, sizes, max(crossing), [3])
+    sweep.segments = _segments.cut(sweep.nodes, sweep.leaves, places)
+    expected = cotangents(sweep, targets)
+    other = Sweep(sweep.graph, sweep.leaves)
+    other.cut_like(sweep)
+    assert len(other.segments) == len(sweep.segments) > 1
+    other.feed(sweep._arguments)
+    torch.testing.assert_close(cotangents(other, targets), expected, rtol=0, atol=0)
