@@ -9,51 +9,17 @@ Operators that autograd cannot differentiate are opaque: nothing passes through 
 import functools
 from collections.abc import Callable, Container, Iterable, Mapping, MutableMapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ._attention import ATTENTION_BACKWARD, ATTENTION_FORWARD, attention_backward
+from ._derivatives import call_differentiable, is_opaque
 from ._segments import Segment, cost, narrow, new_nbytes, split
+from ._short import Short, shorten
 from ._tiles import call_node, find_tilings, ordered, run_graph
 from .passes._fx import graph_outputs, is_tensor
 from .passes.place_codecs import DECODERS
-
-# Names of the autograd functions of operators without a derivative; those of prims only raise.
-_OPAQUE = ("NotImplemented", "GeneratedBackwardFor_prims")
-
-# Operators of prims without a derivative, in terms of those that have one.
-_DIFFERENTIABLE: Mapping[str, Callable[..., Tensor]] = {
-    "prims::convert_element_type": Tensor.to,
-    "prims::fma": lambda a, b, c: a * b + c,
-}
-
-
-# Elements of a value that is kept in 8 bits.
-_SHORT_MIN_NUMEL = 4096
-
-
-class _Short(NamedTuple):
-    """A value in 8 bits, an error of about 3 percent in each element."""
-
-    codes: Tensor
-    scale: Tensor
-    dtype: torch.dtype
-
-    def read(self) -> Tensor:
-        return self.codes.to(self.dtype).mul_(self.scale)
-
-
-def _shorten(value: Any) -> Any:
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() < _SHORT_MIN_NUMEL:
-        return value
-    largest = value.abs().amax()
-    if not largest.isfinite():
-        # Masks of attention hold -inf.
-        return value
-    scale = (largest / torch.finfo(torch.float8_e4m3fn).max).clamp_min(torch.finfo(value.dtype).tiny)
-    return _Short((value / scale).to(torch.float8_e4m3fn), scale, value.dtype)
 
 
 class Sweep:
@@ -168,15 +134,15 @@ class Sweep:
         pieces = find_tilings(nodes, change, kept) if self._is_tiled else nodes
         values = dict(self._arguments)
         self._kept = dict.fromkeys(kept)
-        keep = _shorten if self._is_short else lambda value: value
+        keep = shorten if self._is_short else lambda value: value
         return run_graph(pieces, results, values, self.readers, evaluate, self._kept, keep)
 
     def _value(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-        return self.readers[node]() if node in self.readers else _call(node, values)
+        return self.readers[node]() if node in self.readers else call_differentiable(node, values)
 
     def _kept_value(self, node: fx.Node) -> Any:
         kept = self._kept[node]
-        return kept.read() if isinstance(kept, _Short) else kept
+        return kept.read() if isinstance(kept, Short) else kept
 
     @torch.no_grad()
     def pull_back(
@@ -257,7 +223,7 @@ class Sweep:
             else:
                 with torch.set_grad_enabled(node in self.dependent):
                     values[node] = self._value(node, values)
-                if _is_opaque(values[node]):
+                if is_opaque(values[node]):
                     self.opaque.add(node)
                     values[node] = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, values[node])
             for done in expiring.get(node, ()) if node in segment.inside else ():
@@ -280,23 +246,6 @@ def sources_of(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     return seen
 
 
-def _call(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-    if torch.is_grad_enabled() and isinstance(node.target, torch._ops.OpOverload):
-        args: Any
-        kwargs: Any
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-        name = node.target._schema.name
-        if name in _DIFFERENTIABLE:
-            return _DIFFERENTIABLE[name](*args)
-        if node.target in ATTENTION_BACKWARD:
-            return attention_backward(node.target, args, kwargs)
-        if node.target in ATTENTION_FORWARD:
-            # Its results are functions of the operands that the backward's derivative accounts for.
-            with torch.no_grad():
-                return node.target(*args, **kwargs)
-    return call_node(node, values)
-
-
 def _dependent(nodes: Sequence[fx.Node], leaves: frozenset[fx.Node]) -> set[fx.Node]:
     dependent = set(leaves)
     for node in nodes:
@@ -307,16 +256,6 @@ def _dependent(nodes: Sequence[fx.Node], leaves: frozenset[fx.Node]) -> set[fx.N
 
 def _needs_grad(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
-
-
-def _is_opaque(value: Any) -> bool:
-    tensors = value if isinstance(value, tuple | list) else [value]
-    return any(
-        isinstance(tensor, Tensor)
-        and tensor.grad_fn is not None
-        and any(mark in tensor.grad_fn.name() for mark in _OPAQUE)
-        for tensor in tensors
-    )
 
 
 def _sum(first: Tensor | None, second: Tensor | None) -> Tensor:

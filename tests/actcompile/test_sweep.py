@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from actcompile import _segments, _sweep
+from actcompile import _derivatives, _segments, _short
 from actcompile._sweep import Sweep
 
 from ..passes.pairs import trace
@@ -58,6 +58,13 @@ def sweep_of(function: Callable[[Tensor, Tensor], Tensor]) -> tuple[Sweep, list[
     return sweep, targets
 
 
+def cut_into(sweep: Sweep, count: int) -> None:
+    """Gives ``sweep`` about so many segments."""
+    crossing, sizes = _segments.crossing_nbytes(sweep.nodes, sweep.leaves), _segments.new_nbytes(sweep.nodes)
+    (places,) = _segments.starts(sweep.nodes, crossing, sizes, max(crossing), [count])
+    sweep.segments = _segments.cut(sweep.nodes, sweep.leaves, places)
+
+
 def cotangents(
     sweep: Sweep, targets: list[fx.Node], start: Callable[[Sweep], object] = Sweep.run_and_keep
 ) -> dict[str, Tensor]:
@@ -80,9 +87,7 @@ def test_segments_change_nothing(name: str, count: int, monkeypatch: pytest.Monk
     assert len(sweep.segments) == 1
     whole = cotangents(sweep, targets)
     assert len(whole) > 1
-    crossing, sizes = _segments.crossing_nbytes(sweep.nodes, sweep.leaves), _segments.new_nbytes(sweep.nodes)
-    (places,) = _segments.starts(sweep.nodes, crossing, sizes, max(crossing), [count])
-    sweep.segments = _segments.cut(sweep.nodes, sweep.leaves, places)
+    cut_into(sweep, count)
     assert len(sweep.segments) > 1
     torch.testing.assert_close(cotangents(sweep, targets), whole)
     assert not sweep._kept
@@ -90,9 +95,7 @@ def test_segments_change_nothing(name: str, count: int, monkeypatch: pytest.Monk
 
 def test_keeping_computes_no_more_than_the_product_starts_from() -> None:
     sweep, targets = sweep_of(deep)
-    crossing, sizes = _segments.crossing_nbytes(sweep.nodes, sweep.leaves), _segments.new_nbytes(sweep.nodes)
-    (places,) = _segments.starts(sweep.nodes, crossing, sizes, max(crossing), [3])
-    sweep.segments = _segments.cut(sweep.nodes, sweep.leaves, places)
+    cut_into(sweep, 3)
     expected = cotangents(sweep, targets)
     computed: list[fx.Node] = []
     value = sweep._value
@@ -107,26 +110,15 @@ def test_keeping_computes_no_more_than_the_product_starts_from() -> None:
 
 
 def test_values_in_8_bits_between_segments_change_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_sweep, "_SHORT_MIN_NUMEL", 1)
+    monkeypatch.setattr(_short, "_MIN_NUMEL", 1)
     sweep, targets = sweep_of(deep)
-    crossing, sizes = _segments.crossing_nbytes(sweep.nodes, sweep.leaves), _segments.new_nbytes(sweep.nodes)
-    (places,) = _segments.starts(sweep.nodes, crossing, sizes, max(crossing), [3])
-    sweep.segments = _segments.cut(sweep.nodes, sweep.leaves, places)
+    cut_into(sweep, 3)
     exact = cotangents(sweep, targets)
     sweep._is_short = True
     found = cotangents(sweep, targets)
     assert found.keys() == exact.keys()
     errors = [float((found[name] - exact[name]).norm() / exact[name].norm()) for name in exact]
     assert 0 < max(errors) < 0.1
-
-
-def test_values_that_8_bits_do_not_hold_are_kept_as_they_are() -> None:
-    value = torch.tensor([0.5, float("-inf")]).repeat(_sweep._SHORT_MIN_NUMEL)
-    assert _sweep._shorten(value) is value
-    zeros = torch.zeros(_sweep._SHORT_MIN_NUMEL)
-    kept = _sweep._shorten(zeros)
-    assert isinstance(kept, _sweep._Short)
-    assert torch.equal(kept.read(), zeros)
 
 
 def test_whole_graph_is_what_autograd_says() -> None:
@@ -159,7 +151,7 @@ def test_changed_leaf_changes_the_results() -> None:
 
 
 def test_operators_without_a_derivative_are_opaque(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_sweep, "ATTENTION_BACKWARD", frozenset())
+    monkeypatch.setattr(_derivatives, "ATTENTION_BACKWARD", frozenset())
     sweep, targets = sweep_of(attention)
     found = cotangents(sweep, targets)
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -169,19 +161,9 @@ def test_operators_without_a_derivative_are_opaque(monkeypatch: pytest.MonkeyPat
     assert set(found) <= {node.name for node in sweep.leaves}
 
 
-def test_what_is_opaque() -> None:
-    x = torch.ones(1, 1, 4, 4, requires_grad=True)
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-    assert _sweep._is_opaque(backward(x, x, x, x, x, torch.ones(1, 1, 4), 0.0, False))
-    assert _sweep._is_opaque(torch.ops.prims.erfc.default(x))
-    assert not _sweep._is_opaque(x * 2) and not _sweep._is_opaque((x.detach(), None))
-
-
 def test_segments_of_a_graph_with_the_same_nodes() -> None:
     sweep, targets = sweep_of(deep)
-    crossing, sizes = _segments.crossing_nbytes(sweep.nodes, sweep.leaves), _segments.new_nbytes(sweep.nodes)
-    (places,) = _segments.starts(sweep.nodes, crossing, sizes, max(crossing), [3])
-    sweep.segments = _segments.cut(sweep.nodes, sweep.leaves, places)
+    cut_into(sweep, 3)
     expected = cotangents(sweep, targets)
     other = Sweep(sweep.graph, sweep.leaves)
     other.cut_like(sweep)
