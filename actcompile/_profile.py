@@ -51,6 +51,11 @@ def profile_call(
         output = isolated_compile(fresh(model), functools.partial(act, options=options))(*args, **kwargs)
         # Unlike backward(), this leaves every .grad alone.
         torch.autograd.grad(_scalar(output, loss), parameters, allow_unused=True)
+        if not all(record.probe is None or record.probe.saw_finite for record in made):
+            raise ConfigError(
+                "loss must have a finite gradient to be profiled, got inf or nan: leave out what scales the loss, or "
+                "profile after some steps of training"
+            )
         plans = [solved_plan(record, "profile") for record in made if record.profile is not None]
     return functools.reduce(Plan.merged, plans, Plan())
 

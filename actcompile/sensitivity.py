@@ -12,8 +12,9 @@ over each group is noted for every width while the forward encodes. One draw of 
     opaque      what only reaches the gradient through an operator without a derivative is measured instead: the
                 backward runs once more with noise in that tensor alone (_measure.py)
 
-A gradient is a sum over samples, and so is the variance that noise adds to it: some samples stand for all. Where
-samples cannot be told apart, the product takes the whole batch at once.
+A gradient is a sum over samples, and so is the variance that noise adds to it: some samples stand for all, by what they
+count in it (_weights.py). For a few of them the product is taken once more with noise in all tensors, which says what
+pairs of tensors on few bits add. Where samples cannot be told apart, the product takes the whole batch at once.
 
 Source: GACT, section 4, whose rule needs three training steps per tensor; the product through the backward graph is
 this project's.
@@ -36,6 +37,7 @@ from ._sweep import Sweep
 from ._tiles import call_node, find_tilings, ordered, run_graph
 from ._weights import bottleneck, squares
 from .config import CODE_BITS
+from .distributed import num_ranks
 from .passes._fx import ROW_KEY, GraphPair, graph_outputs, is_tensor
 from .passes.place_codecs import DECODERS
 from .plan import Profile, Role, Sensitivity
@@ -47,9 +49,6 @@ log = logging.getLogger(__name__)
 quantize = torch.ops.actcompile.quantize.default
 dequantize = torch.ops.actcompile.dequantize.default
 
-# What the product for some samples may take, of what the operators of both graphs take, one by one. It takes less than
-# its estimate, as compiled code does after fusion.
-_FUSED = 1.0
 # Shares of the batch that are probed: as it is stored, and with more noise. Beside the backward itself, a product
 # takes as long as 2.6 more of its samples.
 _SHARE = 0.75
@@ -71,6 +70,7 @@ class Probe:
     def __init__(self, roles: Sequence[Role], seed: int = 0) -> None:
         self.profile: Profile | None = None
         self.is_armed = True
+        self.saw_finite = True
         self._roles = roles
         self._seed = seed
         self._rounding: dict[str, Tensor] = {}
@@ -132,11 +132,16 @@ class Probe:
             results = whole.run_last()
         self._rounding.clear()
         square = sum(float(results[position].float().square().sum()) for position in counted)
-        if not math.isfinite(square):
-            # As in the first steps with a scaled loss.
+        self.saw_finite = math.isfinite(square)
+        if not self.saw_finite and num_ranks() == 1:
+            # As in the first steps with a scaled loss. Ranks wait for each other's first probe.
             log.warning("the gradient is not finite: sensitivities are measured in the next backward")
             return results
-        unknown = [key for key, found in sensitivities.items() if not all(map(math.isfinite, found.variance.values()))]
+        unknown = [
+            key
+            for key, found in sensitivities.items()
+            if not all(math.isfinite(found.noise(bits)) for bits in CODE_BITS)
+        ]
         if unknown:
             log.warning("sensitivities that are not finite are taken as unknown: %s", ", ".join(unknown))
         self.profile = Profile({key: found for key, found in sensitivities.items() if key not in unknown}, square)
@@ -161,7 +166,7 @@ class Probe:
             return None
         size, dims = batch
         counts = [count for count in range(1, size + 1) if size % count == 0]
-        count = next((count for count in counts if whole.nbytes / count <= _FUSED * self._nbytes), size)
+        count = next((count for count in counts if whole.nbytes / count <= self._nbytes), size)
         return None if count == 1 else slice_backward(self._pair, size, dims, count)
 
     def _sum_over_parts(
@@ -182,9 +187,10 @@ class Probe:
             roundings = self._roundings(sweep, readers, part, dims)
             seed = mix_seed(self._seed, index)
             if is_noisy:
-                reading |= {
-                    leaf: _with_noise(reading[leaf], leaf.meta[ROW_KEY], roundings, seed) for leaf in sweep.leaves
-                }
+                for leaf in sweep.leaves:
+                    key = leaf.meta[ROW_KEY]
+                    salt = mix_seed(seed, zlib.crc32(key.encode()))
+                    reading[leaf] = functools.partial(_read_with_noise, reading[leaf], roundings[key], salt)
             sweep.feed(values, reading)
             sweep.keep()
             return _measure(sweep, counted, roundings, seed)
@@ -235,12 +241,9 @@ def _measure(
     return measure(sweep, {outputs[position]: position for position in counted}, keys, roundings, seed)
 
 
-def _with_noise(
-    read: Callable[[], Tensor], key: str, roundings: Mapping[str, Rounding], seed: int
-) -> "functools.partial[Tensor]":
-    """What ``read`` gives, with the noise of few bits; the same each time."""
-    salt = mix_seed(seed, zlib.crc32(key.encode()))
-    return functools.partial(lambda: roundings[key].add_noise(read(), salt, _FEW_BITS))
+def _read_with_noise(read: Callable[[], Tensor], rounding: Rounding, seed: int) -> Tensor:
+    """What ``read`` gives, with the noise of few bits."""
+    return rounding.add_noise(read(), seed, _FEW_BITS)
 
 
 def _sweep_of(graph: fx.Graph, is_tiled: bool = True, is_short: bool = False) -> Sweep:

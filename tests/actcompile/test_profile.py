@@ -232,3 +232,9 @@ def test_second_step_is_compiled() -> None:
         assert cosine(task.gradients(call), exact) > 0.98
     assert not first.rows
     assert len({row.bits for row in actcompile.report(task.model).rows if row.bits}) > 1
+
+
+def test_a_gradient_that_is_not_finite_has_no_plan() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+    with pytest.raises(ConfigError, match="finite gradient to be profiled"):
+        actcompile.profile(model, torch.randn(64, 64), loss=lambda y: y.square().sum() * torch.inf)
