@@ -1,47 +1,51 @@
 """Lowers codec operators to what Inductor compiles. Lossless.
 
-    quantize(x, ...)      ->  quantize_compiled(x, ...)                one body per format, compiled once (CPU)
-    dequantize(codes...)  ->  pointwise over the element's position    fused into whatever reads it (CPU)
-    unpack_bool(packed)   ->  pointwise over the element's position    fused into whatever reads it (CPU)
+                             CPU                                    CUDA
+    quantize(x, ...)         quantize_compiled(x, ...), one body    inside the kernel that computes x, or its own
+                             per format, compiled once
+    dequantize(codes, ...)   inside whatever reads it               inside whatever reads it, or its own kernel where
+    unpack_bool(packed)      inside whatever reads it               libraries alone do
 
-On CUDA the operators stay as they are and launch their Triton kernels. Interpreted graphs keep the operators, too.
-
-Decoding has Inductor lowerings of its own instead of ATen operators: one node instead of ten per saved tensor to trace,
-fuse and schedule, and a loop whose innermost index runs along the bytes, which vectorizes.
+Interpreted graphs keep the operators.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-import sympy
 import torch
+from torch import fx
 from torch._inductor import ir
 from torch._inductor.lowering import (
     fallback_handler,
     lowerings,
     make_fallback,
+    needs_realized_inputs,
     register_lowering,
     tag_to_layout_constraint,
 )
-from torch._inductor.utils import convert_shape_to_symint, sympy_product
-from torch._inductor.virtualized import ops
+from torch._inductor.utils import sympy_product
+from torch._inductor.virtualized import V
 from torch._library.utils import get_layout_constraint_tag
-from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from actcompile.plan import Plan
 
 from ..triton_kernels import _compiled_cpu  # noqa: F401  defines quantize_compiled
 from ..triton_kernels._layout import storage_permutation
-from ..triton_kernels.quantize import PLANES
+from . import _fused_encoder
+from ._decoder_loops import decode_groups, unpack_mask
 from ._fx import GraphPair
+from ._views import ALIAS_OPS
 
 aten = torch.ops.aten
 actcompile = torch.ops.actcompile
 
 _COMPILED_ON_CPU = {actcompile.quantize.default: actcompile.quantize_compiled.default}
 
-# Operators that stay opaque. Inductor would get to know each when it first meets it, and schedule the first graph of a
-# process differently from all others.
+# Calls of libraries that Inductor knows by lowerings of their own.
+_LIBRARY_CALLS = frozenset({aten.addmm.default, aten.baddbmm.default})
+
+# Operators that stay opaque, or read what lies in memory with the strides that were traced. Inductor would get to know
+# each when it first meets it, and schedule the first graph of a process differently from all others.
 for _operator in (actcompile.quantize.default, actcompile.quantize_compiled.default, actcompile.pack_bool.default):
     _constraint = tag_to_layout_constraint(get_layout_constraint_tag(_operator, with_default=True))
     make_fallback(_operator, layout_constraint=_constraint, warn=False)  # type: ignore[no-untyped-call]
@@ -59,31 +63,27 @@ def _launch(operator: torch._ops.OpOverload, *args: Any) -> Any:
     return fallback_handler(operator, add_to_fallback_set=False)(*args)  # type: ignore[no-untyped-call]
 
 
-def _constant(value: int) -> Any:
-    return ops.constant(value, torch.int32)
+def _is_read_from_memory(node: fx.Node) -> bool:
+    """Whether all that reads ``node`` are kernels of a library, into which nothing fuses."""
+    return all(
+        _is_read_from_memory(user) if user.target in ALIAS_OPS else user.target in _LIBRARY_CALLS or _is_opaque(user)
+        for user in node.users
+    )
 
 
-def _field(byte: Any, position: sympy.Expr, width: int) -> tuple[Any, Any]:
-    """The field of ``width`` bits at ``position`` in a byte: the byte without the others, and the field's unit in it.
-
-    A shift of the byte itself would have to widen it to int32 first, which takes longer than all the rest.
-    """
-    unit = ops.bitwise_left_shift(_constant(1), ops.index_expr(position * width, torch.int32))
-    mask = ops.mul(unit, _constant(2**width - 1))
-    return ops.bitwise_and(byte, ops.to_dtype(mask, torch.uint8)), unit
+def _is_opaque(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target in needs_realized_inputs
 
 
-def _restore(value: ir.TensorBox, shape: Sequence[Any], stride: Sequence[Any]) -> ir.TensorBox:
-    """The first elements of ``value``, in storage order, as ``shape`` with ``stride``."""
-    # Symbols decide as they did while tracing: encoders look at the sizes of each call.
-    symbols: Any = convert_shape_to_symint(shape), convert_shape_to_symint(stride)
-    order = storage_permutation(*symbols)
-    numel = sympy_product(shape)
-    flat = lowerings[aten.view](value, [sympy_product(value.get_size())])
-    if flat.get_size()[0] != numel:
-        flat = lowerings[aten.slice](flat, 0, 0, numel)
-    stored = lowerings[aten.view](flat, [shape[dim] for dim in order])
-    return lowerings[aten.permute](stored, [order.index(dim) for dim in range(len(order))])
+@register_lowering(actcompile.quantize.default, type_promotion_kind=None)
+def _lower_quantize(x: ir.TensorBox, bits: int, group_size: int, seed: ir.TensorBox, salt: int) -> Any:
+    traced = V.graph.current_node.all_input_nodes[0].meta["val"]
+    if x.get_device_or_error().type == "cpu" or not _fused_encoder.is_fusable(sympy_product(x.get_size()), group_size):
+        return _launch(actcompile.quantize.default, x, bits, group_size, seed, salt)
+    x.realize()
+    order = storage_permutation(traced.shape, traced.stride())
+    flat = lowerings[aten.view](lowerings[aten.permute](x, order), [sympy_product(x.get_size())])
+    return _fused_encoder.create_encoder(flat, seed, bits, group_size, salt)
 
 
 @register_lowering(actcompile.dequantize.default, type_promotion_kind=None)
@@ -97,51 +97,14 @@ def _lower_dequantize(
     stride: Sequence[Any],
     dtype: torch.dtype,
 ) -> Any:
-    if codes.get_device_or_error().type != "cpu":
-        return _launch(actcompile.dequantize.default, codes, scale, zero, bits, group_size, shape, stride, dtype)
-    (groups,) = scale.get_size()
-    load_codes, load_scale, load_zero = codes.make_loader(), scale.make_loader(), zero.make_loader()
-    # Loops over [group, part, column]: the parts of the narrowest plane, each a run of bytes in every plane.
-    parts = 8 // min(PLANES[bits])
-    run = group_size // parts
-
-    def decode(index: Sequence[sympy.Expr]) -> Any:
-        group, part, column = index
-        step = ops.to_dtype(load_scale([group]), torch.float32)
-        distance, start, offset = None, sympy.Integer(0), 0
-        for width in PLANES[bits]:
-            nbytes = group_size * width // 8
-            # A wider plane holds several parts side by side in one field.
-            beside = nbytes // run
-            within = ModularIndexing(part, 1, beside) * run + column
-            byte = load_codes([start + group * nbytes + within])
-            field, unit = _field(byte, FloorDiv(part, beside), width)
-            # Powers of two: exact, and so is the sum of the planes.
-            weight = ops.truediv(ops.constant(2.0**offset, torch.float32), ops.to_dtype(unit, torch.float32))
-            share = ops.mul(ops.mul(step, weight), ops.to_dtype(field, torch.float32))
-            distance = share if distance is None else ops.add(distance, share)
-            start, offset = start + groups * nbytes, offset + width
-        result = ops.add(ops.to_dtype(load_zero([group]), torch.float32), distance)
-        return ops.to_dtype(result, dtype)
-
-    device = codes.get_device()
-    decoded = ir.Pointwise.create(device=device, dtype=dtype, inner_fn=decode, ranges=[groups, parts, run])
-    return _restore(decoded, shape, stride)
+    arguments = codes, scale, zero, bits, group_size, shape, stride, dtype
+    if codes.get_device_or_error().type != "cpu" and _is_read_from_memory(V.graph.current_node):
+        return _launch(actcompile.dequantize.default, *arguments)
+    return decode_groups(*arguments)
 
 
 @register_lowering(actcompile.unpack_bool.default, type_promotion_kind=None)
 def _lower_unpack_bool(packed: ir.TensorBox, shape: Sequence[Any], stride: Sequence[Any] | None = None) -> Any:
-    if packed.get_device_or_error().type != "cpu":
+    if packed.get_device_or_error().type != "cpu" and _is_read_from_memory(V.graph.current_node):
         return _launch(actcompile.unpack_bool.default, packed, shape, stride)
-    (nbytes,) = packed.get_size()
-    load = packed.make_loader()
-
-    def decode(index: Sequence[sympy.Expr]) -> Any:
-        position, byte = index
-        # In float32: Inductor converts masks between the widths of vectors one element at a time.
-        field, _ = _field(load([byte]), position, 1)
-        return ops.ne(ops.to_dtype(field, torch.float32), ops.constant(0.0, torch.float32))
-
-    device = packed.get_device()
-    mask = ir.Pointwise.create(device=device, dtype=torch.bool, inner_fn=decode, ranges=[sympy.Integer(8), nbytes])
-    return _restore(mask, shape, stride if stride is not None else ir.FlexibleLayout.contiguous_strides(shape))
+    return unpack_mask(packed, shape, stride)

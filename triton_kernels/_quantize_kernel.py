@@ -8,7 +8,7 @@ the fields that end up in one byte lying at the same place of different tiles: p
 threads, and only the minimum and maximum of a group do.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="assignment,misc"
-# ruff: noqa: N803, N806, RUF005  (constants of a kernel are uppercase; Triton has no starred tuples)
+# ruff: noqa: N803, N806, RUF005, SIM300  (constants of a kernel are uppercase; Triton has no starred tuples)
 
 from collections.abc import Sequence
 
@@ -25,7 +25,7 @@ from .quantize import MAX_SCALE, MAX_SPREAD, MIN_SCALE, PLANES, check_arguments,
 QUANTIZE_ELEMENTS_PER_THREAD, DEQUANTIZE_ELEMENTS_PER_THREAD = 32, 16
 MIN_WARPS, MAX_WARPS = 4, 32
 
-_FRACTION_BITS = tl.constexpr(FRACTION_BITS)
+FRACTION = tl.constexpr(FRACTION_BITS)
 _FRACTION_SCALE = tl.constexpr(float(2**FRACTION_BITS))
 _INDEX_HIGH_MULTIPLIER = tl.constexpr(INDEX_HIGH_MULTIPLIER)
 _MULTIPLIER0, _MULTIPLIER1 = (tl.constexpr(multiplier % 2**32) for multiplier in MULTIPLIERS)
@@ -54,8 +54,35 @@ def noise(key, start, column):
 
 
 @triton.jit
-def _maximum(x, y):
+def maximum(x, y):
+    """The larger of two numbers, nan if one of them is."""
     return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def group_steps(low, high, DTYPE: tl.constexpr, LEVELS: tl.constexpr):
+    """What a group's elements are encoded with, from their minimum and maximum.
+
+    Returns:
+        The scale; what a halved distance from the halved minimum is multiplied with to give a position in units of
+        2**-FRACTION_BITS; the halved minimum; the highest position; and whether the group is finite. tl.minimum passes
+        over nan: at a limit of 0 every position of a group that holds inf or nan is 0.
+    """
+    spread = high * 0.5 - low * 0.5
+    finite = tl.abs(spread) < float("inf")
+    if DTYPE == tl.float16:
+        largest = _LARGEST_FLOAT16
+    elif DTYPE == tl.bfloat16:
+        largest = _LARGEST_BFLOAT16
+    else:
+        largest = _LARGEST_FLOAT32
+    room = tl.div_rn(tl.minimum(largest * 0.5 - low * 0.5, _MAX_SPREAD), LEVELS * 1.0) * 2.0
+    raw = tl.minimum(tl.div_rn(spread, LEVELS * 1.0) * 2.0, room)
+    raw = tl.minimum(tl.maximum(raw, _MIN_SCALE), _MAX_SCALE).to(tl.int32, bitcast=True)
+    above = ((raw + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)
+    scale = tl.where(above <= room, above, (raw & -0x10000).to(tl.float32, bitcast=True))
+    limit = tl.where(finite, LEVELS * _FRACTION_SCALE, 0.0)
+    return scale, tl.div_rn(2.0, scale) * _FRACTION_SCALE, low * 0.5, limit, finite
 
 
 @triton.jit
@@ -120,31 +147,15 @@ def _quantize_kernel(
 
     low, high = values[0], values[0]
     for part in tl.static_range(1, PARTS):
-        low, high = tl.minimum(low, values[part]), _maximum(high, values[part])
-    low, high = tl.min(low, 1, keep_dims=True), tl.reduce(high, 1, _maximum, keep_dims=True)  # [GROUPS, 1]
+        low, high = tl.minimum(low, values[part]), maximum(high, values[part])
+    low, high = tl.min(low, 1, keep_dims=True), tl.reduce(high, 1, maximum, keep_dims=True)  # [GROUPS, 1]
 
-    spread = high * 0.5 - low * 0.5
-    finite = tl.abs(spread) < float("inf")
-    if x_ptr.dtype.element_ty == tl.float16:
-        largest = _LARGEST_FLOAT16
-    elif x_ptr.dtype.element_ty == tl.bfloat16:
-        largest = _LARGEST_BFLOAT16
-    else:
-        largest = _LARGEST_FLOAT32
-    room = tl.div_rn(tl.minimum(largest * 0.5 - low * 0.5, _MAX_SPREAD), LEVELS * 1.0) * 2.0
-    raw = tl.minimum(tl.div_rn(spread, LEVELS * 1.0) * 2.0, room)
-    raw = tl.minimum(tl.maximum(raw, _MIN_SCALE), _MAX_SCALE).to(tl.int32, bitcast=True)
-    above = ((raw + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)
-    scale = tl.where(above <= room, above, (raw & -0x10000).to(tl.float32, bitcast=True))
-    # Positions are in units of 2**-FRACTION_BITS, which is exact. tl.minimum passes over nan: at a limit of 0 every
-    # position of a group that holds inf or nan is 0.
-    inverse, origin = tl.div_rn(2.0, scale) * _FRACTION_SCALE, low * 0.5
-    limit = tl.where(finite, LEVELS * _FRACTION_SCALE, 0.0)
+    scale, inverse, origin, limit, finite = group_steps(low, high, x_ptr.dtype.element_ty, LEVELS)
 
     codes = ()
     for part in tl.static_range(PARTS):
         position = tl.minimum((values[part] * 0.5 - origin) * inverse, limit)
-        codes = codes + ((position.to(tl.int32) + noise(key, start, part * WIDTH + column)) >> _FRACTION_BITS,)
+        codes = codes + ((position.to(tl.int32) + noise(key, start, part * WIDTH + column)) >> FRACTION,)
 
     _store_plane(codes_ptr, codes, group, exists, 0, LOW_BITS, PARTS, WIDTH)
     if HIGH_BITS:

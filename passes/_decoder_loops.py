@@ -1,0 +1,141 @@
+"""Decoders as loops that Inductor fuses into whatever reads them.
+
+Pointwise functions of an element's position instead of ATen operators: one node instead of ten per saved tensor to
+trace, fuse and schedule, and a loop whose innermost index runs along the bytes, which vectorizes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch._inductor import ir
+from torch._inductor.lowering import lowerings
+from torch._inductor.ops_handler import OpCounterCSE
+from torch._inductor.utils import convert_shape_to_symint, sympy_product
+from torch._inductor.virtualized import V, ops
+from torch.utils._sympy.functions import FloorDiv, ModularIndexing
+
+from ..triton_kernels._layout import storage_permutation
+from ..triton_kernels.quantize import PLANES
+
+aten = torch.ops.aten
+
+
+def decode_groups(
+    codes: ir.TensorBox,
+    scale: ir.TensorBox,
+    zero: ir.TensorBox,
+    bits: int,
+    group_size: int,
+    shape: Sequence[Any],
+    stride: Sequence[Any],
+    dtype: torch.dtype,
+) -> ir.TensorBox:
+    """``dequantize`` as loops over [group, part, column]: the parts of the narrowest plane, a run of bytes in each."""
+    (groups,) = scale.get_size()
+    load_codes, load_scale, load_zero = codes.make_loader(), scale.make_loader(), zero.make_loader()
+    is_cpu = _is_on_cpu(codes)
+    parts = 8 // min(PLANES[bits])
+    run = group_size // parts
+
+    def decode(index: Sequence[sympy.Expr]) -> Any:
+        group, part, column = index
+        if _is_counting():
+            return ops.to_dtype(load_codes([group * run + column]), dtype)
+        of_group = _of_group(group, groups, is_cpu)
+        step = ops.to_dtype(load_scale(of_group), torch.float32)
+        distance, start, offset = None, sympy.Integer(0), 0
+        for width in PLANES[bits]:
+            nbytes = group_size * width // 8
+            # A wider plane holds several parts side by side in one field.
+            beside = nbytes // run
+            within = ModularIndexing(part, 1, beside) * run + column
+            byte = load_codes([start + group * nbytes + within])
+            field, weight = _field(byte, FloorDiv(part, beside), width, 2.0**offset, is_cpu)
+            # Powers of two: exact, and so is the sum of the planes.
+            share = ops.mul(ops.mul(step, weight), field)
+            distance = share if distance is None else ops.add(distance, share)
+            start, offset = start + groups * nbytes, offset + width
+        result = ops.add(ops.to_dtype(load_zero(of_group), torch.float32), distance)
+        return ops.to_dtype(result, dtype)
+
+    device = codes.get_device()
+    decoded = ir.Pointwise.create(device=device, dtype=dtype, inner_fn=decode, ranges=[groups, parts, run])
+    return _restore(decoded, shape, stride)
+
+
+def unpack_mask(packed: ir.TensorBox, shape: Sequence[Any], stride: Sequence[Any] | None) -> ir.TensorBox:
+    """``unpack_bool`` as loops over [position in the byte, byte]."""
+    (nbytes,) = packed.get_size()
+    load, is_cpu = packed.make_loader(), _is_on_cpu(packed)
+
+    def decode(index: Sequence[sympy.Expr]) -> Any:
+        position, byte = index
+        if _is_counting():
+            return ops.to_dtype(load([byte]), torch.bool)
+        # In float32: Inductor converts masks between the widths of vectors one element at a time.
+        field, _ = _field(load([byte]), position, 1, 1.0, is_cpu)
+        return ops.ne(field, ops.constant(0.0, torch.float32))
+
+    device = packed.get_device()
+    mask = ir.Pointwise.create(device=device, dtype=torch.bool, inner_fn=decode, ranges=[sympy.Integer(8), nbytes])
+    return _restore(mask, shape, stride if stride is not None else ir.FlexibleLayout.contiguous_strides(shape))
+
+
+def _is_on_cpu(value: ir.TensorBox) -> bool:
+    return value.get_device_or_error().type == "cpu"
+
+
+def _constant(value: int) -> Any:
+    return ops.constant(value, torch.int32)
+
+
+def _field(byte: Any, position: sympy.Expr, width: int, weight: float, is_cpu: bool) -> tuple[Any, Any]:
+    """The field of ``width`` bits at ``position`` in a byte: two float32 numbers whose product is its value * weight.
+
+    On the CPU the byte without its other fields, and the reciprocal of the field's unit: a shift of the byte itself
+    would have to widen it to int32 first, which takes longer than all the rest.
+    """
+    distance = ops.index_expr(position * width, torch.int32)
+    if not is_cpu:
+        shifted = ops.bitwise_right_shift(ops.to_dtype(byte, torch.int32), distance)
+        field = ops.bitwise_and(shifted, _constant(2**width - 1))
+        return ops.to_dtype(field, torch.float32), ops.constant(weight, torch.float32)
+    unit = ops.bitwise_left_shift(_constant(1), distance)
+    mask = ops.mul(unit, _constant(2**width - 1))
+    field = ops.bitwise_and(byte, ops.to_dtype(mask, torch.uint8))
+    share = ops.truediv(ops.constant(weight, torch.float32), ops.to_dtype(unit, torch.float32))
+    return ops.to_dtype(field, torch.float32), share
+
+
+def _of_group(group: sympy.Expr, groups: sympy.Expr, is_cpu: bool) -> list[Any]:
+    """The index of what is stored once per group.
+
+    Inductor takes a reduction whose reads mostly stay where they are from one element to the next for one across rows
+    and splits it. A computed index is left out of that count, but keeps C++ from being vectorized.
+    """
+    if is_cpu:
+        return [group]
+    return [ops.indirect_indexing(ops.index_expr(group, torch.int64), groups, check=False, wrap_neg=False)]
+
+
+def _is_counting() -> bool:
+    """Whether Inductor counts reads and operations, to decide what to keep in memory and what to compute again.
+
+    A decoded tensor counts as the one that it stands for: the code around it stays what it is without compression.
+    """
+    return isinstance(V.get_ops_handler(), OpCounterCSE)
+
+
+def _restore(value: ir.TensorBox, shape: Sequence[Any], stride: Sequence[Any]) -> ir.TensorBox:
+    """The first elements of ``value``, in storage order, as ``shape`` with ``stride``."""
+    # Symbols decide as they did while tracing: encoders look at the sizes of each call.
+    symbols: Any = convert_shape_to_symint(shape), convert_shape_to_symint(stride)
+    order = storage_permutation(*symbols)
+    numel = sympy_product(shape)
+    flat = lowerings[aten.view](value, [sympy_product(value.get_size())])
+    if flat.get_size()[0] != numel:
+        flat = lowerings[aten.slice](flat, 0, 0, numel)
+    stored = lowerings[aten.view](flat, [shape[dim] for dim in order])
+    return lowerings[aten.permute](stored, [order.index(dim) for dim in range(len(order))])

@@ -1,0 +1,123 @@
+"""What the generated code reads and writes of each saved tensor, as exact numbers."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from actcompile._explain import traced_records
+from actcompile.config import Config
+from bench.models import Workload, make_bert, make_gpt, make_resnet
+
+from ..generated_code import Call, GeneratedCode, generate
+
+pytestmark = pytest.mark.slow
+
+ENCODER, DECODER = "torch.ops.actcompile.quantize.default", "torch.ops.actcompile.dequantize.default"
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Numbers of tensors, decoded ones counted once for each kernel that decodes them."""
+
+    encoded_where_computed: int
+    encoded_alone: int
+    decoded_where_read: int
+    decoded_alone: int
+    # Of decoded tensors in memory, by generated kernels.
+    reads_from_memory: int
+
+
+def gpt() -> Workload:
+    return make_gpt(layers=2, width=512, heads=8, ff=2048, batch=4, tokens=256)
+
+
+def bert() -> Workload:
+    return make_bert(layers=2)
+
+
+@functools.cache
+def generated(make: Callable[[], Workload], **options: Any) -> tuple[GeneratedCode, GeneratedCode]:
+    """Forward and backward in bfloat16 on CUDA, at 4 bits."""
+    workload = make()
+    workload.model.to(torch.bfloat16)
+    batch = tuple(value.to(torch.bfloat16) if value.is_floating_point() else value for value in workload.batch)
+    config = Config(bits=4, auto=False, **options)
+    (record,) = traced_records(lambda *batch: workload.loss(workload.model, batch), lambda: (batch, {}), batch, config)
+    assert record.step is not None
+    return generate(record.step._forward), generate(record.step._backward, is_backward=True)
+
+
+def num_encoded(call: Call, code: GeneratedCode) -> int:
+    """Tensors that a call encodes."""
+    return code.kernels[call.name].count("= encode_tile0(") if call.is_kernel else call.name == ENCODER
+
+
+def measure(forward: GeneratedCode, backward: GeneratedCode) -> Traffic:
+    encoders = [call for call in forward.calls if num_encoded(call, forward)]
+    # Three results and nothing else.
+    alone = [call for call in encoders if call.writes.total() == 3 * num_encoded(call, forward)]
+    decoders = [call for call in backward.calls if call.name == DECODER]
+    decoded = {name for call in decoders for name in call.writes}
+    kernels = [call for call in backward.calls if call.is_kernel]
+    return Traffic(
+        encoded_where_computed=sum(num_encoded(call, forward) for call in encoders if call not in alone),
+        encoded_alone=len(alone),
+        decoded_where_read=sum(name.endswith("_part1") for call in kernels for name in call.reads),
+        decoded_alone=len(decoders),
+        reads_from_memory=sum(call.reads[name] for call in kernels for name in decoded),
+    )
+
+
+# Transformers encode the inputs of LayerNorm and GELU in those operators' kernels and decode them in those of their
+# backwards, two for LayerNorm. What attention and convolutions save comes from libraries and goes to libraries. Batch
+# normalization runs through channels, groups do not: its result is encoded alone.
+@pytest.mark.parametrize(
+    ("make", "options", "expected"),
+    [
+        (gpt, {"recompute": "cheap"}, Traffic(7, 8, 11, 8, 0)),
+        (gpt, {"recompute": "none"}, Traffic(15, 8, 13, 15, 0)),
+        (bert, {"recompute": "cheap"}, Traffic(8, 11, 17, 7, 0)),
+        (make_resnet, {"recompute": "cheap"}, Traffic(2, 25, 16, 14, 0)),
+    ],
+)
+def test_models(make: Callable[[], Workload], options: dict[str, str], expected: Traffic) -> None:
+    forward, backward = generated(make, **options)
+    assert measure(forward, backward) == expected
+
+
+def test_producers_read_once_and_write_value_and_codes() -> None:
+    forward, _ = generated(gpt, recompute="none")
+    encoders = [call for call in forward.calls if num_encoded(call, forward)]
+    assert all(count == 1 for call in encoders for count in (*call.reads.values(), *call.writes.values()))
+    gelu = [call for call in encoders if "libdevice.erf" in forward.kernels[call.name]]
+    for call in gelu:
+        # Its input and the seed; its result and twice codes, scale and zero.
+        assert (len(call.reads), len(call.writes)) == (2, 7)
+    layer_norm = [call for call in encoders if "libdevice.rsqrt" in forward.kernels[call.name]]
+    for call in layer_norm[1:-1]:
+        # What is added to the residual stream, weight, bias and seed; the new residual stream, its normalized form,
+        # mean and deviation, and twice codes, scale and zero.
+        assert (len(call.reads), len(call.writes)) in ((5, 10), (6, 10))
+    assert (len(gelu), len(layer_norm)) == (2, 5)
+    # Layers share their kernels.
+    assert len({call.name for call in gelu}) == 1
+
+
+def test_cheap_recomputation_encodes_what_two_operators_read() -> None:
+    """The input of GELU: a library computes it, GELU and its encoder read it together."""
+    forward, _ = generated(gpt)
+    gelu = [call for call in forward.calls if call.is_kernel and "libdevice.erf" in forward.kernels[call.name]]
+    assert [(len(call.reads), len(call.writes), num_encoded(call, forward)) for call in gelu] == [(2, 4, 1)] * 2
+
+
+def test_layers_share_kernels() -> None:
+    forward, backward = generated(gpt)
+    deeper_forward, deeper_backward = generated(
+        lambda: make_gpt(layers=4, width=512, heads=8, ff=2048, batch=4, tokens=256)
+    )
+    assert len(deeper_forward.kernels) <= len(forward.kernels) + 1
+    assert len(deeper_backward.kernels) == len(backward.kernels)

@@ -1,0 +1,126 @@
+"""Kernels that Inductor generates around encoders and decoders give the bits of the operators."""
+
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor.config as inductor_config
+from torch import Tensor
+from torch.nn import functional as F
+
+import actcompile.passes.lower  # noqa: F401  lowers the operators
+from actcompile.triton_kernels.quantize import FLOAT_DTYPES, PLANES
+
+from ..generated_code import generate, run, trace
+from .conftest import INTERPRETED, assert_same_bits
+
+if not INTERPRETED:
+    pytest.skip("runs in Triton's interpreter", allow_module_level=True)
+
+SEED = torch.tensor(-(2**40) + 5)
+GROUP_SIZE = 256
+quantize, dequantize = torch.ops.actcompile.quantize, torch.ops.actcompile.dequantize
+
+
+def assert_encoded(
+    function: Callable[..., Tensor], inputs: list[Tensor], bits: int, folder: Path, salt: int = 3
+) -> Tensor:
+    """``function``'s result, whose codes, made in the kernel that computes it, have the bits of the operator's."""
+
+    def encode(*inputs: Tensor) -> tuple[Tensor, ...]:
+        value = function(*inputs[:-1])
+        return value, *quantize(value, bits, GROUP_SIZE, inputs[-1], salt)
+
+    code = generate(trace(encode, *inputs, SEED))
+    assert [call.is_kernel for call in code.calls] == [True], code.source
+    value, *encoded = run(code, [*inputs, SEED], folder)
+    torch.testing.assert_close(value, function(*inputs), equal_nan=True)
+    for got, expected in zip(encoded, quantize(value, bits, GROUP_SIZE, SEED, salt), strict=True):
+        assert_same_bits(got, expected)
+    return value
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("bits", PLANES)
+def test_after_pointwise_operators(bits: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    # Three tiles, the last of them with one group.
+    assert_encoded(F.gelu, [torch.randn(9, GROUP_SIZE, dtype=dtype)], bits, tmp_path)
+
+
+# A tile, a tile with room for a group more, and a row that does not fit into registers.
+@pytest.mark.parametrize(("width", "dtype"), [*itertools.product((512, 768), FLOAT_DTYPES), (8448, torch.bfloat16)])
+def test_after_a_reduction_of_rows(width: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    def layer_norm(x: Tensor, weight: Tensor) -> Tensor:
+        return F.layer_norm(x, (width,), weight)
+
+    # Few rows would be split, each over several programs.
+    with inductor_config.patch(split_reductions=False):
+        assert_encoded(layer_norm, [torch.randn(5, width, dtype=dtype), torch.randn(width, dtype=dtype)], 4, tmp_path)
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
+def test_groups_that_are_not_finite(number: float, tmp_path: Path) -> None:
+    x = torch.randn(4, GROUP_SIZE)
+    x[1, 7] = number
+    value = assert_encoded(lambda x: x * 2.0, [x], 4, tmp_path)
+    assert value[1].isfinite().sum() == GROUP_SIZE - 1
+
+
+def test_extremes(tmp_path: Path) -> None:
+    x = torch.zeros(4, GROUP_SIZE)
+    x[0, ::2], x[0, 1::2] = torch.finfo(torch.float32).max, -torch.finfo(torch.float32).max
+    x[1, 5], x[2] = torch.finfo(torch.float32).tiny, 3.0
+    assert_encoded(lambda x: -x, [x], 8, tmp_path)
+
+
+def test_memory_formats(tmp_path: Path) -> None:
+    x = torch.randn(2, 4, 8, 16).to(memory_format=torch.channels_last)
+    value = assert_encoded(lambda x: x.sin(), [x], 3, tmp_path)
+    assert value.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_two_tensors_of_one_kernel(tmp_path: Path) -> None:
+    def function(x: Tensor, seed: Tensor) -> list[Tensor]:
+        y = x.exp()
+        return [y, *quantize(x, 2, GROUP_SIZE, seed, 1), *quantize(y, 6, GROUP_SIZE, seed, 2)]
+
+    x = torch.randn(3, GROUP_SIZE)
+    code = generate(trace(function, x, SEED))
+    assert len(code.calls) == 1
+    y, *encoded = run(code, [x, SEED], tmp_path)
+    expected = *quantize(x, 2, GROUP_SIZE, SEED, 1), *quantize(y, 6, GROUP_SIZE, SEED, 2)
+    for got, one in zip(encoded, expected, strict=True):
+        assert_same_bits(got, one)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("bits", PLANES)
+def test_decoding_in_what_reads_it(bits: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    x = torch.randn(3, 5, 40, dtype=dtype).permute(2, 0, 1)
+    codes = quantize(x, bits, GROUP_SIZE, SEED, 3)
+
+    def decode(*codes: Tensor) -> Tensor:
+        return dequantize(*codes, bits, GROUP_SIZE, x.shape, x.stride(), dtype).float() * 0.5
+
+    code = generate(trace(decode, *codes))
+    assert [call.is_kernel for call in code.calls] == [True]
+    (got,) = run(code, list(codes), tmp_path)
+    assert_same_bits(got.to(dtype), decode(*codes).to(dtype))
+
+
+def test_unpacking_in_what_reads_it(tmp_path: Path) -> None:
+    mask = torch.randn(7, 13) > 0
+    packed = torch.ops.actcompile.pack_bool(mask)
+
+    def unpack(packed: Tensor, x: Tensor) -> Any:
+        return torch.where(torch.ops.actcompile.unpack_bool(packed, mask.shape), x, 0.0)
+
+    x = torch.randn(7, 13)
+    code = generate(trace(unpack, packed, x))
+    assert [call.is_kernel for call in code.calls] == [True]
+    (got,) = run(code, [packed, x], tmp_path)
+    assert torch.equal(got, unpack(packed, x))

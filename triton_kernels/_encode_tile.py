@@ -1,0 +1,77 @@
+"""The encoder as a function of a tile that a generated Triton kernel already holds in registers.
+
+What produces a tensor writes its value and its codes in one kernel, without reading the value back. The bits are those
+of the encoder's own kernel.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# ruff: noqa: N803, N806  (constants of a kernel are uppercase)
+
+import triton
+import triton.language as tl
+
+from ._quantize_kernel import FRACTION, group_steps, maximum, noise
+
+
+@triton.jit
+def encode_tile(
+    x,
+    index,
+    mask,
+    seed_ptr,  # int64 []
+    salt_key,
+    DTYPE: tl.constexpr,
+    LEVELS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    NUMEL: tl.constexpr,
+):
+    """``encode_groups`` for a tile that holds whole groups, each in a run of GROUP_SIZE places.
+
+    Args:
+        x: float32, any shape of NUMEL elements.
+        index: Positions of x's elements in storage order, of the same shape.
+        mask: Whether each element exists, of the same shape; it holds for all elements of a group or for none.
+        seed_ptr: The step's seed.
+        salt_key: The mixed salt of the tensor.
+        DTYPE: What x is rounded to before it is encoded.
+        LEVELS: 2**bits - 1.
+
+    Returns:
+        codes int32 [NUMEL / GROUP_SIZE, GROUP_SIZE]; scale bfloat16, zero DTYPE, the group's number int64 and whether
+        the group exists, each [NUMEL / GROUP_SIZE, 1].
+    """
+    GROUPS: tl.constexpr = NUMEL // GROUP_SIZE
+    values = tl.reshape(x.to(DTYPE).to(tl.float32), [GROUPS, GROUP_SIZE])
+    position = tl.reshape(index.to(tl.int64), [GROUPS, GROUP_SIZE])
+    exists = tl.max(tl.reshape(mask.to(tl.int32), [GROUPS, GROUP_SIZE]), 1, keep_dims=True) > 0
+    start = tl.min(position, 1, keep_dims=True)
+    low, high = tl.min(values, 1, keep_dims=True), tl.reduce(values, 1, maximum, keep_dims=True)
+    scale, inverse, origin, limit, finite = group_steps(low, high, DTYPE, LEVELS)
+    fixed = tl.minimum((values * 0.5 - origin) * inverse, limit).to(tl.int32)
+    key = tl.load(seed_ptr) ^ salt_key
+    codes = (fixed + noise(key, start, tl.arange(0, GROUP_SIZE)[None, :])) >> FRACTION
+    scale = tl.where(finite, scale, float("nan")).to(tl.bfloat16)
+    zero = tl.where(finite, low, float("nan")).to(DTYPE)
+    return codes, scale, zero, start // GROUP_SIZE, exists
+
+
+@triton.jit
+def store_codes(codes_ptr, codes, group, exists, num_groups, LOW_BITS: tl.constexpr, HIGH_BITS: tl.constexpr):
+    """Stores codes [GROUPS, GROUP_SIZE] to their planes: uint8 [num_groups * GROUP_SIZE * bits / 8]."""
+    GROUP_SIZE: tl.constexpr = codes.shape[1]
+    _store_plane(codes_ptr, codes, group, exists, 0, LOW_BITS)
+    if HIGH_BITS:
+        high_ptr = codes_ptr + num_groups * (GROUP_SIZE * LOW_BITS // 8)
+        _store_plane(high_ptr, codes, group, exists, LOW_BITS, HIGH_BITS)
+
+
+@triton.jit
+def _store_plane(plane_ptr, codes, group, exists, SHIFT: tl.constexpr, BITS: tl.constexpr):
+    GROUPS: tl.constexpr = codes.shape[0]
+    FIELDS: tl.constexpr = 8 // BITS
+    NBYTES: tl.constexpr = codes.shape[1] // FIELDS
+    fields = (codes >> SHIFT) & (2**BITS - 1)
+    if FIELDS > 1:
+        unit = (tl.arange(0, FIELDS) * BITS)[None, :, None]
+        # The fields of a byte have no bit in common: their sum is their union.
+        fields = tl.sum(tl.reshape(fields, [GROUPS, FIELDS, NBYTES]) << unit, 1)
+    tl.store(plane_ptr + group * NBYTES + tl.arange(0, NBYTES)[None, :], fields.to(tl.uint8), mask=exists)
