@@ -22,6 +22,7 @@ from torch._inductor import ir
 from torch._inductor.codegen.common import DeferredLine
 from torch._inductor.codegen.triton import FixedTritonConfig, TritonKernel, TritonScheduling
 from torch._inductor.runtime.runtime_utils import next_power_of_2
+from torch._inductor.scheduler import FusedSchedulerNode, SchedulerNode
 from torch._inductor.virtualized import V, ops
 
 from ..triton_kernels._hash import mix_seed
@@ -29,9 +30,9 @@ from ..triton_kernels.quantize import PLANES, num_groups
 
 # Elements of a program's tile: enough for each thread to read and write 16 bytes at once.
 _TILE, _ELEMENTS_PER_THREAD = 1024, 8
-# Rows up to this length stay in registers between their statistics and their encoding.
-_LONGEST_ROW = 8192
-_MAX_WARPS = 32
+# Rows of up to this many bytes stay in registers between their statistics and their encoding; longer ones would spill.
+_LONGEST_ROW_NBYTES = 2**14
+_MAX_WARPS = 16
 
 _TRITON_DTYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
 
@@ -125,8 +126,13 @@ class EncodingKernel(TritonKernel):
 
     def __init__(self, tiling: dict[str, sympy.Expr], **kwargs: Any) -> None:
         features = kwargs.get("features")
-        if features is not None and any(_encoders(features.scheduler_nodes())):
-            kwargs |= _configuration(features.reduction_numel)
+        itemsizes = (
+            []
+            if features is None
+            else [encoder.format.dtype.itemsize for encoder in _encoders(features.scheduler_nodes())]
+        )
+        if itemsizes:
+            kwargs |= _configuration(features.reduction_numel, _LONGEST_ROW_NBYTES // max(itemsizes))
         self._encoded: dict[tuple[str, Format], str] = {}
         super().__init__(tiling, **kwargs)
 
@@ -171,16 +177,16 @@ class EncodingKernel(TritonKernel):
         return self.helper_functions.add(_HELPERS.format(function=function), base_name=function)
 
 
-def _configuration(row: sympy.Expr) -> dict[str, Any]:
+def _configuration(row: sympy.Expr, longest: int) -> dict[str, Any]:
     """Arguments of a kernel whose tiles hold whole groups; ``row`` is what a reduction reduces, or 1."""
     fixed: dict[str, Any] = {"override_cooperative_reduction": False}
     if row == 1:
         return {**fixed, "fixed_config": FixedTritonConfig({"XBLOCK": _TILE, "num_warps": _num_warps(_TILE)})}
     length = next_power_of_2(int(row))
-    block = {"XBLOCK": 1, "num_warps": _num_warps(min(length, _LONGEST_ROW))}
-    if length > _LONGEST_ROW:
-        block["R0_BLOCK"] = _LONGEST_ROW
-    persistent = {"override_persistent_reduction": length <= _LONGEST_ROW}
+    block = {"XBLOCK": 1, "num_warps": _num_warps(min(length, longest))}
+    if length > longest:
+        block["R0_BLOCK"] = longest
+    persistent = {"override_persistent_reduction": length <= longest}
     return {**fixed, **persistent, "fixed_config": FixedTritonConfig(block)}
 
 
@@ -193,7 +199,11 @@ def _keeps_groups_whole(node1: Any, node2: Any) -> bool:
     encoders = list(_encoders([*node1.get_nodes(), *node2.get_nodes()]))
     if not encoders:
         return True
-    if any(node.is_template() or node.is_foreach() or node.is_split_scan() for node in (node1, node2)):
+    # Kinds of kernels with tiles of their own are subclasses.
+    if any(
+        type(node) not in (SchedulerNode, FusedSchedulerNode) or node.is_template() or node.is_split_scan()
+        for node in (node1, node2)
+    ):
         return False
     (_, group1), (_, group2) = node1.group, node2.group
     reduced = [group for node, group in ((node1, group1), (node2, group2)) if node.is_reduction()]

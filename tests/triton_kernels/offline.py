@@ -106,7 +106,7 @@ def _nvidia_usage(compiled: Any) -> tuple[str, str]:
 
 
 def _nvidia_accesses(compiled: Any, direction: str) -> list[int]:
-    pattern = {"load": "ld", "store": "st"}[direction] + r"\.global[\w.]*?(?:\.v(\d))?\.[bsuf](\d+)"
+    pattern = {"load": "ld", "store": "st"}[direction] + r"\.global[\w.:]*?(?:\.v(\d))?\.[bsuf](\d+)"
     return [int(count or 1) * int(bits) for count, bits in re.findall(pattern, compiled.asm["ptx"])]
 
 
