@@ -42,7 +42,12 @@ _COMPILED_ON_CPU = {actcompile.quantize.default: actcompile.quantize_compiled.de
 
 # Operators that stay opaque. Inductor would get to know each when it first meets it, and schedule the first graph of a
 # process differently from all others.
-for _operator in (actcompile.quantize.default, actcompile.quantize_compiled.default, actcompile.pack_bool.default):
+for _operator in (
+    actcompile.quantize.default,
+    actcompile.quantize_compiled.default,
+    actcompile.pack_bool.default,
+    actcompile.quantized_weight_grad.default,
+):
     _constraint = tag_to_layout_constraint(get_layout_constraint_tag(_operator, with_default=True))
     make_fallback(_operator, layout_constraint=_constraint, warn=False)  # type: ignore[no-untyped-call]
 
