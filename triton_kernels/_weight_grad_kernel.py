@@ -25,6 +25,9 @@ from .weight_grad import check_operands
 # Fewer rows than this are not worth a split, whose part of the result is written and read once more.
 MIN_SPLIT_ROWS = 512
 
+# Outputs of a tile, beyond which it is for aligned rows only.
+MAX_UNALIGNED_TILE = 64 * 256
+
 # The tile that splits are counted for.
 _SPLIT_TILE = 128
 
@@ -132,19 +135,34 @@ def _weight_grad_kernel(
     tl.store(split_ptr + index, tile, mask=(n < N)[:, None])
 
 
+def is_wide(config: triton.Config) -> bool:
+    """Whether a tile takes so many registers that nothing is left for addresses of single elements."""
+    return config.kwargs["BLOCK_N"] * config.kwargs["BLOCK_K"] > MAX_UNALIGNED_TILE
+
+
 def fitting_configs(configs: list[triton.Config], named_args: dict[str, Any], **kwargs: Any) -> list[triton.Config]:
-    """The tiles for the dtype at hand whose columns lie in one group."""
+    """The tiles for the dtype at hand whose columns lie in one group; wide ones where rows are aligned to 16."""
     arguments = {**named_args, **kwargs}
-    dtype, group_size = arguments["grad_ptr"].dtype, arguments["GROUP_SIZE"]
-    return [config for config in CONFIGS[dtype] if config.kwargs["BLOCK_K"] <= group_size]
+    is_aligned = arguments["N"] % 16 == 0 and arguments["stride_n"] == 1 and arguments["stride_m"] % 16 == 0
+    return [
+        config
+        for config in CONFIGS[arguments["grad_ptr"].dtype]
+        if config.kwargs["BLOCK_K"] <= arguments["GROUP_SIZE"] and (is_aligned or not is_wide(config))
+    ]
 
 
 _tuned_kernel = triton.autotune(
     configs=[*HALF_CONFIGS, *FULL_CONFIGS],
-    key=["M", "N", "K", "split_rows", "stride_n", "LOW_BITS", "HIGH_BITS", "GROUP_SIZE", "TRANSPOSED"],
+    key=["M", "N", "K", "split_rows", "stride_m", "stride_n", "LOW_BITS", "HIGH_BITS", "GROUP_SIZE", "TRANSPOSED"],
     prune_configs_by={"early_config_prune": fitting_configs},
     cache_results=True,
 )(_weight_grad_kernel)
+
+
+def format_options(bits: int, group_size: int, transposed: bool) -> dict[str, int]:
+    """Keyword arguments of the kernel: the format of its operand and of its result."""
+    low_bits, high_bits = (*PLANES[bits], 0)[:2]
+    return {"LOW_BITS": low_bits, "HIGH_BITS": high_bits, "GROUP_SIZE": group_size, "TRANSPOSED": transposed}
 
 
 def num_splits(rows: int, out_features: int, in_features: int, num_processors: int) -> int:
@@ -182,13 +200,6 @@ def launch_weight_grad(
     out = grad_out.new_empty((splits, *shape), dtype=grad_out.dtype if splits == 1 else torch.float32)
     if out.numel() == 0:
         return out.new_empty(shape, dtype=grad_out.dtype)
-    low_bits, high_bits = (*PLANES[bits], 0)[:2]
-    options = {
-        "LOW_BITS": low_bits,
-        "HIGH_BITS": high_bits,
-        "GROUP_SIZE": group_size,
-        "TRANSPOSED": transposed,
-    }
 
     def grid(meta: dict[str, int]) -> tuple[int, int, int]:
         return triton.cdiv(out_features, meta["BLOCK_N"]), in_features // meta["BLOCK_K"], splits
@@ -205,7 +216,7 @@ def launch_weight_grad(
         in_features,
         triton.cdiv(rows, splits),
         *grad_out.stride(),
-        **options,
+        **format_options(bits, group_size, transposed),
         **({} if config is None else config.all_kwargs()),
     )
     return out[0] if splits == 1 else out.sum(0).to(grad_out.dtype)

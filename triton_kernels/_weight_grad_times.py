@@ -92,15 +92,15 @@ def find_times(product: Product, device: torch.device) -> Times | None:
     multiplies_in_tf32 = product.dtype == "float32" and torch.backends.cuda.matmul.fp32_precision == "tf32"
     if not is_measurable(device) or multiplies_in_tf32:
         return None
-    key, known = _key(product), _known()
-    if key not in known:
+    row_key, known = key(product), _known()
+    if row_key not in known:
         measured = _measure_or_explain(product, device)
         if measured is None:
             return None
-        known[key] = measured
-        extend_table(user_table(), {key: measured})
+        known[row_key] = measured
+        extend_table(user_table(), {row_key: measured})
         log.info("%s: %s", product, measured)
-    return known[key]
+    return known[row_key]
 
 
 def _measure_or_explain(product: Product, device: torch.device) -> Times | None:
@@ -166,7 +166,8 @@ def _known() -> Table:
     return {**read_table(SHIPPED), **read_table(user_table())}
 
 
-def _key(product: Product) -> tuple[str, ...]:
+def key(product: Product) -> tuple[str, ...]:
+    """The cells of a table that name ``product``."""
     return tuple(map(str, product))
 
 
@@ -191,7 +192,7 @@ def extend_table(path: Path, measured: Mapping[tuple[str, ...], Times]) -> None:
         with tempfile.NamedTemporaryFile("w", newline="", dir=path.parent, suffix=".tmp", delete=False) as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow([*Product._fields, *Times._fields])
-            writer.writerows([*key, *(f"{value:.6g}" for value in times)] for key, times in rows.items())
+            writer.writerows([*cells, *(f"{value:.6g}" for value in times)] for cells, times in rows.items())
         os.replace(file.name, path)
     except OSError as error:
         log.warning("%s could not be written, so other processes measure again: %s", path, error)

@@ -1,7 +1,7 @@
 """The product that decodes in registers against "decode, then multiply"."""
 
+import itertools
 from collections.abc import Callable
-from itertools import product
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_kernel_equals_reference(bits: int, dtype: torch.dtype, transposed: bool
     """Every tile, rows and columns that are no multiples of it, with and without a split."""
     grad_out, encoded = operands(70, 37, 512, bits, dtype, device)
     expected = quantized_weight_grad_reference(grad_out, *encoded, bits, GROUP_SIZE, 512, transposed)
-    for config, splits in product(kernel.CONFIGS[dtype], (1, 4)):
+    for config, splits in zip(kernel.CONFIGS[dtype], itertools.cycle((1, 4)), strict=False):
         actual = kernel.launch_weight_grad(
             grad_out, *encoded, bits, GROUP_SIZE, 512, transposed, splits=splits, config=config
         )
@@ -58,7 +58,7 @@ def test_error_bound(dtype: torch.dtype, device: torch.device) -> None:
     decoded = dequantize_reference(*encoded, 4, GROUP_SIZE, x.shape, x.stride(), dtype).double()
     exact, magnitude = grad_out.double().t() @ decoded, grad_out.double().abs().t() @ decoded.abs()
     bound = rows * 2.0**-23 * magnitude + exact.abs() * torch.finfo(dtype).eps / 2
-    for config, splits in product(kernel.CONFIGS[dtype], (1, 2)):
+    for config, splits in itertools.product(kernel.CONFIGS[dtype], (1, 2)):
         actual = kernel.launch_weight_grad(
             grad_out, *encoded, 4, GROUP_SIZE, 256, False, splits=splits, config=config
         ).double()
@@ -100,7 +100,7 @@ def test_broken_groups_and_nothing_beyond_the_end(transposed: bool, device: torc
     behind = [torch.cat([t.flatten(), t.new_full((512,), 255)]) for t in (codes,)]
     behind += [torch.cat([t.flatten(), t.new_full((512,), torch.nan)]) for t in (grad_out, scale, zero)]
     codes, grad_out, scale, zero = behind
-    options = {"LOW_BITS": 4, "HIGH_BITS": 0, "GROUP_SIZE": GROUP_SIZE, "TRANSPOSED": transposed}
+    options = kernel.format_options(4, GROUP_SIZE, transposed)
     config = kernel.FULL_CONFIGS[2]
     grid = (1, 512 // config.kwargs["BLOCK_K"], 1)
     kernel._weight_grad_kernel[grid](
@@ -130,7 +130,7 @@ def test_tuning(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
 
     if INTERPRETED:
         monkeypatch.setattr(tuned, "_do_bench", run_once)
-    grad_out, encoded = operands(70, 37, 256, 4, torch.bfloat16, device)
+    grad_out, encoded = operands(70, 48, 256, 4, torch.bfloat16, device)
     arguments = (grad_out, *encoded, 4, GROUP_SIZE, 256, False)
     expected = quantized_weight_grad_reference(*arguments)
     for _ in range(2):
@@ -141,10 +141,17 @@ def test_tuning(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_tiles_within_a_group_are_tried() -> None:
-    grad_out = torch.empty(0, dtype=torch.float32)
-    fitting = kernel.fitting_configs([], {"grad_ptr": grad_out}, GROUP_SIZE=64)
+    arguments = {"grad_ptr": torch.empty(0), "N": 48, "stride_m": 48, "stride_n": 1}
+    fitting = kernel.fitting_configs([], arguments, GROUP_SIZE=64)
     assert fitting == [config for config in kernel.FULL_CONFIGS if config.kwargs["BLOCK_K"] == 64]
-    assert len(kernel.fitting_configs([], {"grad_ptr": grad_out.half()}, GROUP_SIZE=128)) == 4
+
+
+@pytest.mark.parametrize("uneven", [{"N": 37}, {"stride_m": 37}, {"stride_n": 64}])
+def test_wide_tiles_are_for_aligned_rows(uneven: dict[str, int]) -> None:
+    arguments = {"grad_ptr": torch.empty(0, dtype=torch.bfloat16), "N": 48, "stride_m": 48, "stride_n": 1}
+    assert kernel.fitting_configs([], arguments, GROUP_SIZE=256) == list(kernel.HALF_CONFIGS)
+    narrow = [config for config in kernel.HALF_CONFIGS if not kernel.is_wide(config)]
+    assert kernel.fitting_configs([], {**arguments, **uneven}, GROUP_SIZE=256) == narrow != []
 
 
 def test_splits_fill_the_device() -> None:

@@ -45,10 +45,10 @@ def test_measured_once_and_kept(table: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_rows_of_other_processes_stay(table: Path) -> None:
     assert times.find_times(PRODUCT, DEVICE) is not None
-    other = times._key(PRODUCT._replace(device="Another GPU"))
+    other = times.key(PRODUCT._replace(device="Another GPU"))
     times.extend_table(table, {other: Times(2.0, 1.0, 0.5)})
     assert times.find_times(WIDE, DEVICE) is not None
-    assert list(times.read_table(table)) == [times._key(PRODUCT), other, times._key(WIDE)]
+    assert list(times.read_table(table)) == [times.key(PRODUCT), other, times.key(WIDE)]
 
 
 def test_one_decoding_serves_several_products(monkeypatch: pytest.MonkeyPatch) -> None:
