@@ -45,6 +45,7 @@ from .errors import CompileError, ConfigError
 from .following import check_model, follow
 from .passes import run_passes
 from .passes._naming import call_sites
+from .passes.fuse_weight_grad import fuse_weight_grad
 from .passes.lower import lower_encoders
 from .passes.partition import baseline, partition
 from .plan import Plan, Role
@@ -226,6 +227,7 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
         run_passes(pair, plan)
         if self.lowered:
             lower_encoders(pair, plan)
+            fuse_weight_grad(pair, plan)
         self.record.finish(rows, plan, pair)
         if log.isEnabledFor(logging.INFO):
             log.info("%s", self.record.summary())

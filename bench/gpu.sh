@@ -6,13 +6,13 @@
 #
 # Each part takes less than 9 minutes; the benchmarks append every row to bench/results/ as soon as it is measured, so
 # a part that was cut short can be repeated for what is missing (--layers, --variants; kernels: --parts, --dtypes,
-# --bits). step finds that out itself: repeat it, or some of it (--models, --sizes, --batches, --variants), until it
-# leaves nothing out for lack of time. PYTHON names the interpreter, OUT a folder for the demo's output and copies of
-# the results.
+# --bits; "kernels --parts weight_grad --ship" extends the package's table of weight gradients). step finds that out
+# itself: repeat it, or some of it (--models, --sizes, --batches, --variants), until it leaves nothing out for lack of
+# time. PYTHON names the interpreter, OUT a folder for the demo's output and copies of the results.
 set -euo pipefail
 
 usage() {
-    sed -n '2,12s/^# \{0,1\}//p' "$0"
+    sed -n '2,11s/^# \{0,1\}//p' "$0"
     exit 2
 }
 
@@ -56,7 +56,7 @@ kernels | peak | step | compile_time | stored)
         set -- --within-s 330 --limit-s 180 "$@"
     fi
     "$python" -m "bench.$part" "$@" || status=$?
-    cp "$root/bench/results/$part".* "$out/" || true
+    cp "$root/bench/results/$part"[._]* "$root/triton_kernels/weight_grad_times.csv" "$out/" || true
     exit "$status"
     ;;
 esac

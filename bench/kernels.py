@@ -5,9 +5,14 @@ of a codec, of the copy and of all else in a row alternate in one process. The b
 result whose memory comes fresh from the system takes several times as long, the copy's as well as the codec's.
 
 GB/s are bytes of the exact tensor per second, whatever is read and written for them.
+
+``--parts weight_grad`` compares products that decode in registers with "decode, then multiply" on a CUDA device, for
+layers of GPTs from 768 to 4096 wide. Its times have a file of their own, with the columns of the table that the package
+ships; ``--ship`` adds them to that table.
 """
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,6 +24,7 @@ from torch.nn.functional import gelu, layer_norm
 
 import actcompile.passes.lower  # noqa: F401  teaches Inductor the codecs
 from actcompile.meter import measure_steps
+from actcompile.triton_kernels import _weight_grad_times as weight_grad_times
 from actcompile.triton_kernels.quantize import PLANES
 
 from .harness import MIB, append_row, pick_device
@@ -27,6 +33,14 @@ OPS = torch.ops.actcompile
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GROUP_SIZE = 256
 WIDTH = 1024
+
+# Rows, out_features, in_features: attention's output, the MLP's way up and down.
+TOKENS = 8192
+LAYERS = [
+    (TOKENS, *features)
+    for width in (768, 1024, 2048, 4096)
+    for features in ((width, width), (4 * width, width), (width, 4 * width))
+]
 
 Runs = dict[str, Callable[[], object]]
 
@@ -114,16 +128,34 @@ def cases(parts: Sequence[str], dtypes: Sequence[str], widths: Sequence[int], nb
         yield "bool", 1, mask_runs(torch.rand(nbytes, device=device) < 0.5)
 
 
+def weight_grad_rows(dtypes: Sequence[str], widths: Sequence[int], ships: bool) -> Iterator[dict[str, Any]]:
+    """Times of weight gradients, one row each; none without a device to measure on."""
+    device = pick_device()
+    if not weight_grad_times.is_measurable(device):
+        print(f"weight_grad: left out, its kernel does not run on {device.type}")
+        return
+    name = weight_grad_times.device_name(device)
+    for (rows, out_features, in_features), dtype, bits in itertools.product(LAYERS, dtypes, widths):
+        product = weight_grad_times.Product(name, rows, out_features, in_features, bits, GROUP_SIZE, dtype, 0)
+        times = weight_grad_times.measure(product, device)
+        if ships:
+            weight_grad_times.extend_table(weight_grad_times.SHIPPED, {weight_grad_times.key(product): times})
+        row = {**product._asdict(), **{key: round(value, 4) for key, value in times._asdict().items()}}
+        append_row("kernels_weight_grad", row)
+        yield {**row, "speedup": round(times.apart_ms / times.inside_ms, 3)}
+
+
 def main() -> None:
     """Measures, appends rows and prints the table."""
     parser = argparse.ArgumentParser("python -m bench.kernels", description=__doc__)
     parts = ["codecs", "masks", "neighbours"]
-    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="what to measure")
+    parser.add_argument("--parts", nargs="+", choices=[*parts, "weight_grad"], default=parts, help="what to measure")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the tensors")
     parser.add_argument("--bits", type=int, nargs="+", choices=PLANES, default=list(PLANES), help="of the codes")
     large = 1024 if pick_device().type == "cuda" else 64
     parser.add_argument("--mib", type=int, default=large, help="size of the exact tensor")
     parser.add_argument("--rounds", type=int, default=20, help="timed runs of each")
+    parser.add_argument("--ship", action="store_true", help="add times of weight gradients to the package's table")
     options = parser.parse_args()
     table = []
     with torch.no_grad():
@@ -133,6 +165,9 @@ def main() -> None:
                 append_row("kernels", {**table[-1], "rounds": options.rounds})
             print(f"{dtype}, {bits} bits: measured", flush=True)
             torch._dynamo.reset()
+        if "weight_grad" in options.parts:
+            gradients = list(weight_grad_rows(options.dtypes, options.bits, options.ship))
+            print(tabulate(gradients, headers="keys"))
     print(tabulate(table, headers="keys"))
 
 

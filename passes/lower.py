@@ -46,7 +46,12 @@ _LIBRARY_CALLS = frozenset({aten.addmm.default, aten.baddbmm.default})
 
 # Operators that stay opaque, or read what lies in memory with the strides that were traced. Inductor would get to know
 # each when it first meets it, and schedule the first graph of a process differently from all others.
-for _operator in (actcompile.quantize.default, actcompile.quantize_compiled.default, actcompile.pack_bool.default):
+for _operator in (
+    actcompile.quantize.default,
+    actcompile.quantize_compiled.default,
+    actcompile.pack_bool.default,
+    actcompile.quantized_weight_grad.default,
+):
     _constraint = tag_to_layout_constraint(get_layout_constraint_tag(_operator, with_default=True))
     make_fallback(_operator, layout_constraint=_constraint, warn=False)  # type: ignore[no-untyped-call]
 

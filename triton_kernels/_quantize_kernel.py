@@ -100,10 +100,9 @@ def _store_plane(
 
 
 @triton.jit
-def _load_plane(plane_ptr, group, mask, BITS: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr):
-    """Loads a plane of BITS bits per code as PARTS tiles: int32 [GROUPS, WIDTH]."""
+def load_plane(plane_ptr, group, column, mask, BITS: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+    """Loads the bytes at ``column`` in a plane of BITS bits per code as PARTS tiles: int32 [GROUPS, columns]."""
     RUN: tl.constexpr = PARTS * BITS // 8
-    column = tl.arange(0, WIDTH)[None, :]  # [1, WIDTH]
     rows = ()
     for first in tl.static_range(RUN):
         byte = tl.load(plane_ptr + group * (RUN * WIDTH) + first * WIDTH + column, mask=mask, other=0)
@@ -187,10 +186,10 @@ def _dequantize_kernel(
     # In one dimension: a load of [GROUPS, 1] is repeated for each element that a thread holds.
     scale = tl.load(scale_ptr + row, mask=row < num_groups, other=0.0).to(tl.float32)[:, None]  # [GROUPS, 1]
     zero = tl.load(zero_ptr + row, mask=row < num_groups, other=0.0).to(tl.float32)[:, None]  # [GROUPS, 1]
-    codes = _load_plane(codes_ptr, group, exists, LOW_BITS, PARTS, WIDTH)
+    codes = load_plane(codes_ptr, group, column, exists, LOW_BITS, PARTS, WIDTH)
     if HIGH_BITS:
         high_ptr = codes_ptr + num_groups * (GROUP_SIZE * LOW_BITS // 8)
-        high = _load_plane(high_ptr, group, exists, HIGH_BITS, PARTS, WIDTH)
+        high = load_plane(high_ptr, group, column, exists, HIGH_BITS, PARTS, WIDTH)
     for part in tl.static_range(PARTS):
         code = codes[part]
         if HIGH_BITS:

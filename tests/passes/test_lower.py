@@ -117,8 +117,8 @@ def test_graph_without_encoders_is_unchanged() -> None:
     assert (text(traced.pair.forward), text(traced.pair.backward)) == before
 
 
-@pytest.mark.parametrize("name", ["quantize", "quantize_compiled", "pack_bool"])
-def test_inductor_knows_encoders_before_it_meets_them(name: str) -> None:
+@pytest.mark.parametrize("name", ["quantize", "quantize_compiled", "pack_bool", "quantized_weight_grad"])
+def test_inductor_knows_operators_before_it_meets_them(name: str) -> None:
     code = (
         "import torch, actcompile.passes.lower as lower\n"
         "from torch._inductor.lowering import lowerings, needs_realized_inputs\n"

@@ -3,7 +3,8 @@
     python -m tests.triton_kernels.offline    writes offline.csv anew
 
 A row holds, per thread, the registers, the bytes spilled to memory, and the loads and stores of global memory as
-"number x bits"; per program, its warps and the bytes of shared memory.
+"number x bits" (copies of global to shared memory count as loads); per program, its warps and the bytes of shared
+memory. The kernel of weight gradients has a row for each of its tiles, rows x outputs x inputs.
 """
 
 import csv
@@ -15,11 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from actcompile.triton_kernels import _pack_bool_kernel, _quantize_kernel
+from actcompile.triton_kernels import _pack_bool_kernel, _quantize_kernel, _weight_grad_kernel
 from actcompile.triton_kernels.quantize import PLANES
 
 TABLE = Path(__file__).with_suffix(".csv")
@@ -36,6 +38,14 @@ CODECS = {
     "dequantize": (_quantize_kernel._dequantize_kernel, _quantize_kernel.DEQUANTIZE_ELEMENTS_PER_THREAD),
 }
 MASKS = {"pack_bool": _pack_bool_kernel._pack_bool_kernel, "unpack_bool": _pack_bool_kernel._unpack_bool_kernel}
+WEIGHT_GRADS = {
+    "weight_grad {BLOCK_M}x{BLOCK_N}x{BLOCK_K}".format(**config.kwargs): config
+    for config in (*_weight_grad_kernel.HALF_CONFIGS, *_weight_grad_kernel.FULL_CONFIGS)
+}
+WIDE = [name for name, config in WEIGHT_GRADS.items() if _weight_grad_kernel.is_wide(config)]
+# Their dtypes differ in the instruction that multiplies alone, so that all bits are compiled for one of them.
+WEIGHT_GRAD_BITS = {"bf16": tuple(PLANES), "fp16": (4,), "fp32": (4, 6)}
+_TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # Width of an access in AMD's assembly.
 _AMD_BITS = {"byte": 8, "short": 16, "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
@@ -56,25 +66,52 @@ def cases() -> Iterator[Case]:
         for kernel in CODECS:
             yield from (Case(kernel, bits, dtype, target) for bits in PLANES for dtype in DTYPES)
         yield from (Case(kernel, 1, "u8", target) for kernel in MASKS)
+        for kernel, config in WEIGHT_GRADS.items():
+            for dtype, widths in WEIGHT_GRAD_BITS.items():
+                if config in _weight_grad_kernel.CONFIGS[_TORCH_DTYPES[dtype]]:
+                    yield from (Case(kernel, bits, dtype, target) for bits in widths)
 
 
-def compile_case(case: Case, group_size: int = 256, aligned: bool = True) -> Any:
-    """Compiles as a launch would: pointers, and sizes if ``aligned``, are multiples of 16."""
-    if case.kernel in MASKS:
-        kernel, options = MASKS[case.kernel], {"BLOCK": _pack_bool_kernel.BLOCK}
-        types = {"mask_ptr": "*u8", "packed_ptr": "*u8", "n": "i64", "nbytes": "i64"}
-    else:
-        kernel, elements_per_thread = CODECS[case.kernel]
-        options = _quantize_kernel.launch_options(case.bits, group_size, elements_per_thread)
-        types = {"x_ptr": f"*{case.dtype}", "seed_ptr": "*i64", "codes_ptr": "*u8", "scale_ptr": "*bf16"}
-        types |= {"zero_ptr": f"*{case.dtype}", "salt_key": "i64", "n": "i64", "num_groups": "i64"}
+def compile_case(case: Case, group_size: int = 256, aligned: bool = True, parts: bool = False) -> Any:
+    """Compiles as a launch would: pointers, and sizes if ``aligned``, are multiples of 16.
+
+    ``parts`` are those of a weight gradient whose rows are split, stored the other way round.
+    """
+    describe = _describe_weight_grad if case.kernel in WEIGHT_GRADS else _describe_codec
+    kernel, options, types = describe(case, group_size)
+    if parts:
+        options |= {"TRANSPOSED": True}
+        types |= {"out_ptr": "*fp32"}
     constants = {name: value for name, value in options.items() if name in kernel.arg_names}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    divisible = [name for name in types if name.endswith("_ptr") or (aligned and name in ("n", "nbytes"))]
+    # The columns of a weight gradient are whole groups; wide tiles are for sizes that are aligned, but for the rows.
+    always = {"K", "N", "stride_m"} if case.kernel in WIDE else {"K"}
+    sizes = always | {"n", "nbytes", "M", "N", "split_rows", "stride_m"} if aligned else always
+    divisible = [name for name in types if name.endswith("_ptr") or name in sizes]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible if name in signature}
     source = ASTSource(kernel, signature, constants, attributes)
     backend_options = {name: value for name, value in options.items() if name not in constants}
     return compile(source, target=TARGETS[case.target], options=backend_options)
+
+
+def _describe_codec(case: Case, group_size: int) -> tuple[Any, dict[str, Any], dict[str, str]]:
+    """Kernel, constants and options, types of the other arguments."""
+    if case.kernel in MASKS:
+        types = {"mask_ptr": "*u8", "packed_ptr": "*u8", "n": "i64", "nbytes": "i64"}
+        return MASKS[case.kernel], {"BLOCK": _pack_bool_kernel.BLOCK}, types
+    kernel, elements_per_thread = CODECS[case.kernel]
+    options = _quantize_kernel.launch_options(case.bits, group_size, elements_per_thread)
+    types = {"x_ptr": f"*{case.dtype}", "seed_ptr": "*i64", "codes_ptr": "*u8", "scale_ptr": "*bf16"}
+    return kernel, options, types | {"zero_ptr": f"*{case.dtype}", "salt_key": "i64", "n": "i64", "num_groups": "i64"}
+
+
+def _describe_weight_grad(case: Case, group_size: int) -> tuple[Any, dict[str, Any], dict[str, str]]:
+    """The same for a contiguous gradient, of whose stride of 1 a launch makes a constant."""
+    options = _weight_grad_kernel.format_options(case.bits, group_size, transposed=False)
+    options |= {"stride_n": 1, **WEIGHT_GRADS[case.kernel].all_kwargs()}
+    types = {"grad_ptr": f"*{case.dtype}", "codes_ptr": "*u8", "scale_ptr": "*bf16", "zero_ptr": f"*{case.dtype}"}
+    types |= {"out_ptr": f"*{case.dtype}", **dict.fromkeys(("M", "N", "K", "split_rows", "stride_m"), "i32")}
+    return _weight_grad_kernel._weight_grad_kernel, options, types
 
 
 def read_row(compiled: Any) -> dict[str, str]:
@@ -106,8 +143,11 @@ def _nvidia_usage(compiled: Any) -> tuple[str, str]:
 
 
 def _nvidia_accesses(compiled: Any, direction: str) -> list[int]:
+    ptx = compiled.asm["ptx"]
     pattern = {"load": "ld", "store": "st"}[direction] + r"\.global[\w.:]*?(?:\.v(\d))?\.[bsuf](\d+)"
-    return [int(count or 1) * int(bits) for count, bits in re.findall(pattern, compiled.asm["ptx"])]
+    copied = re.findall(r"cp\.async\.c[ag]\.shared\.global.*?, (0x\w+|\d+),", ptx) if direction == "load" else []
+    widths = [int(count or 1) * int(bits) for count, bits in re.findall(pattern, ptx)]
+    return widths + [8 * int(nbytes, 0) for nbytes in copied]
 
 
 def _amd_usage(compiled: Any) -> tuple[str, str]:

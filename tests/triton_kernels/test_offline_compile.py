@@ -12,7 +12,18 @@ triton = pytest.importorskip("triton")
 if INTERPRETED:
     pytest.skip("compiles kernels, which the interpreter replaces", allow_module_level=True)
 
-from .offline import CODECS, MASKS, TABLE, TARGETS, Case, cases, compile_case, read_row, read_table  # noqa: E402
+from .offline import (  # noqa: E402
+    CODECS,
+    MASKS,
+    TABLE,
+    TARGETS,
+    WEIGHT_GRADS,
+    Case,
+    cases,
+    compile_case,
+    read_row,
+    read_table,
+)
 
 TABLE_VERSION, ROWS = read_table()
 NVIDIA = [target for target in TARGETS if target.startswith("sm_")]
@@ -23,18 +34,22 @@ def _fresh_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
 
 
-def assert_in_registers(compiled: Any) -> None:
+# Per thread: a codec leaves room for other programs, a matrix product fills a processor.
+MAX_REGISTERS, MAX_PRODUCT_REGISTERS = 128, 256
+
+
+def assert_in_registers(compiled: Any, max_registers: int = MAX_REGISTERS) -> None:
     """Nothing spilled."""
     row = read_row(compiled)
     assert row["spilled_nbytes"] == "0", row
-    assert 0 < int(row["registers"]) <= 128, row
+    assert 0 < int(row["registers"]) <= max_registers, row
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: "-".join(map(str, case)))
 def test_table(case: Case) -> None:
     """What a kernel takes changes only together with the table."""
     compiled = compile_case(case)
-    assert_in_registers(compiled)
+    assert_in_registers(compiled, MAX_PRODUCT_REGISTERS if case.kernel in WEIGHT_GRADS else MAX_REGISTERS)
     if case.kernel in CODECS and case.target in NVIDIA:
         assert_ieee(compiled, encodes=case.kernel == "quantize")
     if triton.__version__ == TABLE_VERSION:
@@ -78,3 +93,25 @@ def test_group_sizes(group_size: int) -> None:
 def test_sizes_that_are_no_multiple_of_16(kernel: str, target: str) -> None:
     case = Case(kernel, 4, "fp32", target) if kernel in CODECS else Case(kernel, 1, "u8", target)
     assert_in_registers(compile_case(case, aligned=False))
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize("kernel", WEIGHT_GRADS)
+def test_weight_grads_of_any_size(kernel: str, target: str) -> None:
+    """Sizes that are no multiple of 16, small and large groups, parts of a sum."""
+    dtype = "fp32" if Case(kernel, 4, "fp32", target) in ROWS else "bf16"
+    columns = int(kernel.rpartition("x")[2])
+    for group_size in (columns, 1024):
+        compiled = compile_case(Case(kernel, 4, dtype, target), group_size, aligned=False, parts=group_size == columns)
+        assert_in_registers(compiled, MAX_PRODUCT_REGISTERS)
+
+
+@pytest.mark.parametrize(("target", "instruction"), [("sm_80", "mma.sync"), ("sm_90", "wgmma.mma_async")])
+def test_products_run_on_matrix_units(target: str, instruction: str) -> None:
+    """What they read is copied ahead to shared memory, 8 or 16 bytes at a time, but for scales and zero points."""
+    for kernel in WEIGHT_GRADS:
+        case = Case(kernel, 4, "bf16", target)
+        if case in ROWS:
+            assert instruction in compile_case(case).asm["ptx"]
+            widths = [access.split("x") for access in ROWS[case]["loads"].split()]
+            assert {bits for _, bits in widths} <= {"128", "64", "16"}, ROWS[case]

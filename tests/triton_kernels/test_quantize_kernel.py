@@ -1,13 +1,12 @@
 """The Triton kernels against the eager reference, bit for bit."""
 
-import numpy as np
 import pytest
 import torch
 
 from actcompile.triton_kernels._hash import mix_seed, noise
 from actcompile.triton_kernels.quantize import FLOAT_DTYPES, PLANES, dequantize_reference, quantize_reference
 
-from .conftest import INTERPRETED, assert_same_bits
+from .conftest import assert_same_bits
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -17,23 +16,7 @@ SEED, SALT = mix_seed(2024), 11
 MAX = {dtype: torch.finfo(dtype).max for dtype in FLOAT_DTYPES}
 TINY = {dtype: torch.finfo(dtype).smallest_normal for dtype in FLOAT_DTYPES}
 
-
-@pytest.fixture(autouse=True)
-def _interpreter_rounds_to_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter truncates where the hardware rounds to the nearest bfloat16; torch's rounding stands in."""
-    if not INTERPRETED:
-        return
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def rounding(data, source, target, mode):  # type: ignore[no-untyped-def]
-        if (source, target) != (tl.float32, tl.bfloat16):
-            return convert(data, source, target, mode)
-        values = torch.from_numpy(np.ascontiguousarray(data).view(np.float32).copy())
-        return values.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-
-    monkeypatch.setattr(interpreter, "_convert_float", rounding)
+pytestmark = pytest.mark.usefixtures("interpreter_handles_bfloat16")
 
 
 def example(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
