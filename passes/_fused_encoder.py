@@ -30,8 +30,8 @@ from ..triton_kernels.quantize import PLANES, num_groups
 
 # Elements of a program's tile: enough for each thread to read and write 16 bytes at once.
 _TILE, _ELEMENTS_PER_THREAD = 1024, 8
-# Rows of up to this many bytes stay in registers between their statistics and their encoding; longer ones would spill.
-_LONGEST_ROW_NBYTES = 2**14
+# Rows up to this length stay in registers between their statistics and their encoding; longer ones would spill.
+_LONGEST_ROW = 4096
 _MAX_WARPS = 16
 
 _TRITON_DTYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
@@ -126,13 +126,8 @@ class EncodingKernel(TritonKernel):
 
     def __init__(self, tiling: dict[str, sympy.Expr], **kwargs: Any) -> None:
         features = kwargs.get("features")
-        itemsizes = (
-            []
-            if features is None
-            else [encoder.format.dtype.itemsize for encoder in _encoders(features.scheduler_nodes())]
-        )
-        if itemsizes:
-            kwargs |= _configuration(features.reduction_numel, _LONGEST_ROW_NBYTES // max(itemsizes))
+        if features is not None and any(_encoders(features.scheduler_nodes())):
+            kwargs |= _configuration(features.reduction_numel)
         self._encoded: dict[tuple[str, Format], str] = {}
         super().__init__(tiling, **kwargs)
 
@@ -161,7 +156,7 @@ class EncodingKernel(TritonKernel):
             prefix = self._encoded[key] = f"encoded{len(self._encoded)}"
             indexing: Any = self.indexing(index, dense_indexing=True, block_ptr=False)
             shape, numel = self.dense_size_str(), " * ".join(self.dense_size_list())
-            mask = "tl.full([1], True, tl.int1)" if indexing.mask_str == "None" else f"({indexing.mask_str})"
+            mask = f"tl.full({shape}, True, tl.int1)" if indexing.mask_str == "None" else f"({indexing.mask_str})"
             blocks = ", ".join(f"tl.broadcast_to({x}, {shape})" for x in (value, f"({indexing.index_str})", mask))
             # An argument, so that layers share a kernel; of such a name, since others are told apart by divisibility.
             salt = self.args.seed_offset("load_seed_offset", form.salt_key)
@@ -177,16 +172,16 @@ class EncodingKernel(TritonKernel):
         return self.helper_functions.add(_HELPERS.format(function=function), base_name=function)
 
 
-def _configuration(row: sympy.Expr, longest: int) -> dict[str, Any]:
+def _configuration(row: sympy.Expr) -> dict[str, Any]:
     """Arguments of a kernel whose tiles hold whole groups; ``row`` is what a reduction reduces, or 1."""
     fixed: dict[str, Any] = {"override_cooperative_reduction": False}
     if row == 1:
         return {**fixed, "fixed_config": FixedTritonConfig({"XBLOCK": _TILE, "num_warps": _num_warps(_TILE)})}
     length = next_power_of_2(int(row))
-    block = {"XBLOCK": 1, "num_warps": _num_warps(min(length, longest))}
-    if length > longest:
-        block["R0_BLOCK"] = longest
-    persistent = {"override_persistent_reduction": length <= longest}
+    block = {"XBLOCK": 1, "num_warps": _num_warps(min(length, _LONGEST_ROW))}
+    if length > _LONGEST_ROW:
+        block["R0_BLOCK"] = _LONGEST_ROW
+    persistent = {"override_persistent_reduction": length <= _LONGEST_ROW}
     return {**fixed, **persistent, "fixed_config": FixedTritonConfig(block)}
 
 

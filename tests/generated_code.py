@@ -247,9 +247,12 @@ def kernels_loaded(folder: Path, wrap: Callable[[Any, str, Mapping[str, Any]], A
         return lambda **options: lambda function: wrap(function, heuristic, options)
 
     def load(self: object, name: str, source: str, **_: object) -> Any:
-        # Triton reads sources from files. The interpreter has none of libdevice's functions.
+        # Triton reads sources from files.
         path = folder / f"kernel_{next(numbers)}.py"
-        path.write_text(re.sub(r"\blibdevice\.(\w+)\(", r"tl.\1(", source))
+        # The interpreter has none of libdevice's functions.
+        path.write_text(
+            re.sub(r"\blibdevice\.(\w+)\(", r"tl.\1(", source) if triton.knobs.runtime.interpret else source
+        )
         module = types.ModuleType(path.stem)
         module.__file__ = str(path)
         exec(compile(path.read_text(), path, "exec"), vars(module))

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
+from bench.large_models import make_large
 from bench.pareto import best_points, largest_steps
 from bench.step import last_error
 from bench.variants import _from_float8, _to_float8
@@ -62,3 +64,19 @@ def test_float8_hooks_keep_three_bits_of_the_mantissa(dtype: torch.dtype) -> Non
 def test_float8_hooks_leave_integers_alone() -> None:
     ids = torch.arange(5)
     assert _from_float8(_to_float8(ids)) is ids
+
+
+def test_resnet_is_checkpointed_block_by_block() -> None:
+    """Transformers has no switch for it."""
+    losses, saved = [], []
+    for checkpointed in (False, True):
+        workload = make_large(
+            "resnet", "tiny", 2, checkpointed=checkpointed, device=torch.device("cpu"), dtype=torch.float32
+        )
+        nbytes: list[int] = []
+        with saved_tensors_hooks(lambda x, nbytes=nbytes: nbytes.append(x.nbytes) or x, lambda x: x):  # type: ignore[misc]
+            losses.append(workload.loss(workload.model))
+        losses[-1].backward()
+        saved.append(sum(nbytes))
+    assert torch.equal(losses[0], losses[1])
+    assert saved[1] < 0.75 * saved[0]

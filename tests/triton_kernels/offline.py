@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from actcompile.triton_kernels import _pack_bool_kernel, _quantize_kernel, _weig
 from actcompile.triton_kernels.quantize import PLANES
 
 TABLE = Path(__file__).with_suffix(".csv")
+VERSIONS = f"triton {triton.__version__}"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 TARGETS = {
@@ -160,24 +161,24 @@ def _amd_accesses(compiled: Any, direction: str) -> list[int]:
     return [_AMD_BITS[width] for width in re.findall(pattern, compiled.asm["amdgcn"])]
 
 
-def read_table() -> tuple[str, dict[Case, dict[str, str]]]:
-    """The version of Triton that compiled the table, and its rows."""
-    with TABLE.open(newline="") as file:
+def read_table(path: Path = TABLE) -> tuple[str, dict[Case, dict[str, str]]]:
+    """The versions of what compiled a table, and its rows."""
+    with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    versions = {row.pop("triton") for row in rows}
+    versions = {row.pop("versions") for row in rows}
     assert len(versions) == 1, versions
     keys = [Case(row.pop("kernel"), int(row.pop("bits")), row.pop("dtype"), row.pop("target")) for row in rows]
     return versions.pop(), dict(zip(keys, rows, strict=True))
 
 
-def main() -> None:
-    """Compiles everything and writes the table."""
-    rows = [case._asdict() | read_row(compile_case(case)) | {"triton": triton.__version__} for case in cases()]
-    with TABLE.open("w", newline="") as file:
+def write_table(path: Path, compiled: Iterable[tuple[Case, Any]], versions: str = VERSIONS) -> None:
+    """Writes a table anew."""
+    rows = [case._asdict() | read_row(kernel) | {"versions": versions} for case, kernel in compiled]
+    with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
 if __name__ == "__main__":
-    main()
+    write_table(TABLE, ((case, compile_case(case)) for case in cases()))

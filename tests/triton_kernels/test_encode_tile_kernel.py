@@ -51,8 +51,10 @@ def test_after_pointwise_operators(bits: int, dtype: torch.dtype, tmp_path: Path
     assert_encoded(F.gelu, [torch.randn(9, GROUP_SIZE, dtype=dtype)], bits, tmp_path)
 
 
-# A tile, a tile with room for a group more, and a row that does not fit into registers.
-@pytest.mark.parametrize(("width", "dtype"), [*itertools.product((512, 768), FLOAT_DTYPES), (4352, torch.float32)])
+# A tile, a tile with room for a group more, and rows that do not fit into registers.
+@pytest.mark.parametrize(
+    ("width", "dtype"), [*itertools.product((512, 768), FLOAT_DTYPES), (4352, torch.float32), (8192, torch.float32)]
+)
 def test_after_a_reduction_of_rows(width: int, dtype: torch.dtype, tmp_path: Path) -> None:
     def layer_norm(x: Tensor, weight: Tensor) -> Tensor:
         return F.layer_norm(x, (width,), weight)
