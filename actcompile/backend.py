@@ -45,13 +45,14 @@ from .errors import CompileError, ConfigError
 from .following import check_model, follow
 from .passes import run_passes
 from .passes._naming import call_sites
-from .passes.lower import lower_encoders
+from .passes.lower import compiled_formats, lower_encoders
 from .passes.partition import baseline, partition
 from .plan import Plan, Role
 from .planner import make_plan
 from .rng import next_seed
 from .sensitivity import Probe
 from .solving import found_plan, solved_again
+from .triton_kernels._compiled_cpu import start_compiling
 
 log = logging.getLogger(__name__)
 
@@ -226,6 +227,8 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
         run_passes(pair, plan)
         if self.lowered:
             lower_encoders(pair, plan)
+            # They are first called in the forward, which takes a while to compile.
+            start_compiling(compiled_formats(pair))
         self.record.finish(rows, plan, pair)
         if log.isEnabledFor(logging.INFO):
             log.info("%s", self.record.summary())

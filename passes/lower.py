@@ -30,7 +30,7 @@ from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from actcompile.plan import Plan
 
-from ..triton_kernels import _compiled_cpu  # noqa: F401  defines quantize_compiled
+from ..triton_kernels._compiled_cpu import Format  # quantize_compiled is defined there, too
 from ..triton_kernels._layout import storage_permutation
 from ..triton_kernels.quantize import PLANES
 from ._fx import GraphPair
@@ -52,6 +52,12 @@ def lower_encoders(pair: GraphPair, plan: Plan) -> None:
     for node in pair.forward.graph.nodes:
         if node.target in _COMPILED_ON_CPU and node.args[0].meta["val"].device.type == "cpu":
             node.target = _COMPILED_ON_CPU[node.target]
+
+
+def compiled_formats(pair: GraphPair) -> list[Format]:
+    """The formats whose compiled bodies the forward calls."""
+    encoders = pair.forward.graph.find_nodes(op="call_function", target=actcompile.quantize_compiled.default)
+    return [(node.args[1], node.args[2], node.args[0].meta["val"].dtype) for node in encoders]
 
 
 def _launch(operator: torch._ops.OpOverload, *args: Any) -> Any:
