@@ -20,11 +20,12 @@ from torch._inductor.lowering import (
     fallback_handler,
     lowerings,
     make_fallback,
+    needs_realized_inputs,
     register_lowering,
     tag_to_layout_constraint,
 )
 from torch._inductor.utils import convert_shape_to_symint, sympy_product
-from torch._inductor.virtualized import ops
+from torch._inductor.virtualized import V, ops
 from torch._library.utils import get_layout_constraint_tag
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
@@ -69,12 +70,23 @@ def _constant(value: int) -> Any:
     return ops.constant(value, torch.int32)
 
 
+def _convert(value: Any, source: torch.dtype, dtype: torch.dtype) -> Any:
+    return value if source == dtype else ops.to_dtype(value, dtype)
+
+
 def _field(byte: Any, position: sympy.Expr, width: int) -> tuple[Any, Any]:
     """The field of ``width`` bits at ``position`` in a byte: the byte without the others, and the field's unit in it.
 
-    A shift of the byte itself would have to widen it to int32 first, which takes longer than all the rest.
+    A shift of the byte itself would have to widen it to int32 first, which takes longer than all the rest. Inductor
+    writes code for every operator several times: the fewer, the sooner it is done.
     """
-    unit = ops.bitwise_left_shift(_constant(1), ops.index_expr(position * width, torch.int32))
+    if width == 8:
+        return byte, None
+    if width == 4:
+        # 1 or 16.
+        unit = ops.index_expr(1 + 15 * position, torch.int32)
+    else:
+        unit = ops.bitwise_left_shift(_constant(1), ops.index_expr(position * width, torch.int32))
     mask = ops.mul(unit, _constant(2**width - 1))
     return ops.bitwise_and(byte, ops.to_dtype(mask, torch.uint8)), unit
 
@@ -122,16 +134,22 @@ def _lower_dequantize(
             within = ModularIndexing(part, 1, beside) * run + column
             byte = load_codes([start + group * nbytes + within])
             field, unit = _field(byte, FloorDiv(part, beside), width)
-            # Powers of two: exact, and so is the sum of the planes.
-            weight = ops.truediv(ops.constant(2.0**offset, torch.float32), ops.to_dtype(unit, torch.float32))
-            share = ops.mul(ops.mul(step, weight), ops.to_dtype(field, torch.float32))
+            # Powers of two: exact, and so is the sum of the planes. A field of 8 bits is the only plane.
+            weighted = step
+            if unit is not None:
+                weight = ops.truediv(ops.constant(2.0**offset, torch.float32), ops.to_dtype(unit, torch.float32))
+                weighted = ops.mul(step, weight)
+            share = ops.mul(weighted, ops.to_dtype(field, torch.float32))
             distance = share if distance is None else ops.add(distance, share)
             start, offset = start + groups * nbytes, offset + width
-        result = ops.add(ops.to_dtype(load_zero([group]), torch.float32), distance)
-        return ops.to_dtype(result, dtype)
+        result = ops.add(_convert(load_zero([group]), dtype, torch.float32), distance)
+        return _convert(result, torch.float32, dtype)
 
     device = codes.get_device()
     decoded = ir.Pointwise.create(device=device, dtype=dtype, inner_fn=decode, ranges=[groups, parts, run])
+    if any(user.target in needs_realized_inputs for user in V.graph.current_node.users):
+        # Views of what lies in memory are read there; of what is realized later, each reader would get a copy.
+        decoded.realize()
     return _restore(decoded, shape, stride)
 
 

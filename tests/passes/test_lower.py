@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from actcompile.passes.insert_codecs import insert_codecs
@@ -91,6 +92,24 @@ def test_unpack_bool() -> None:
     for got, mask in zip(compiled(unpack_all, packed), masks, strict=True):
         assert got.dtype == torch.bool and got.stride() == mask.stride()
         assert torch.equal(got, mask)
+
+
+def test_attention_reads_what_was_decoded_without_copies() -> None:
+    q, k, v = (torch.randn(2, 32, 48).unflatten(2, (3, 2, 8)).unbind(2)[i].transpose(1, 2) for i in range(3))
+    parts = [p for x in (q, k, v) for p in torch.ops.actcompile.quantize(x, 4, GROUP_SIZE, torch.tensor(7), 3)]
+
+    def attend_twice(*parts: Tensor) -> list[Tensor]:
+        decoded = [
+            torch.ops.actcompile.dequantize(*parts[i : i + 3], 4, GROUP_SIZE, q.shape, q.stride(), q.dtype)
+            for i in (0, 3, 6)
+        ]
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return [attend(*decoded)[0], attend(*decoded, is_causal=True)[0]]
+
+    got, (code,) = run_and_get_code(compiled, attend_twice, parts)
+    assert code.count("empty_strided_cpu(") == 3
+    for result, expected in zip(got, attend_twice(*parts), strict=True):
+        assert torch.equal(result, expected)
 
 
 def test_encoders_point_to_their_compiled_bodies() -> None:
