@@ -13,7 +13,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from actcompile.passes.insert_codecs import insert_codecs
-from actcompile.passes.lower import lower_encoders
+from actcompile.passes.lower import compiled_formats, lower_encoders
 from actcompile.passes.pack_masks import pack_masks
 from actcompile.plan import Action, Decision
 from actcompile.triton_kernels.quantize import PLANES
@@ -120,6 +120,7 @@ def test_encoders_point_to_their_compiled_bodies() -> None:
     lower_encoders(traced.pair, plan)
     once = text(traced.pair.forward)
     assert once == before[0].replace("= quantize(", "= quantize_compiled(")
+    assert compiled_formats(traced.pair) == [(4, 32, torch.float32)]
     assert text(traced.pair.backward) == before[1]
     lower_encoders(traced.pair, plan)
     assert text(traced.pair.forward) == once
