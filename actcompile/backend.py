@@ -46,13 +46,14 @@ from .following import check_model, follow
 from .passes import run_passes
 from .passes._naming import call_sites
 from .passes.fuse_weight_grad import fuse_weight_grad
-from .passes.lower import lower_encoders
+from .passes.lower import compiled_formats, lower_codecs
 from .passes.partition import baseline, partition
 from .plan import Plan, Role
 from .planner import make_plan
 from .rng import next_seed
 from .sensitivity import Probe
 from .solving import found_plan, solved_again
+from .triton_kernels._compiled_cpu import start_compiling
 
 log = logging.getLogger(__name__)
 
@@ -226,8 +227,10 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
             plan = make_plan(rows, self.config, self.record.budget_nbytes())
         run_passes(pair, plan)
         if self.lowered:
-            lower_encoders(pair, plan)
+            lower_codecs(pair, plan)
             fuse_weight_grad(pair, plan)
+            # They are first called in the forward, which takes a while to compile.
+            start_compiling(compiled_formats(pair))
         self.record.finish(rows, plan, pair)
         if log.isEnabledFor(logging.INFO):
             log.info("%s", self.record.summary())

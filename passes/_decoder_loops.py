@@ -54,11 +54,11 @@ def decode_groups(
             byte = load_codes([start + group * nbytes + within])
             field, weight = _field(byte, FloorDiv(part, beside), width, 2.0**offset, is_cpu)
             # Powers of two: exact, and so is the sum of the planes.
-            share = ops.mul(ops.mul(step, weight), field)
+            share = ops.mul(step if weight is None else ops.mul(step, weight), field)
             distance = share if distance is None else ops.add(distance, share)
             start, offset = start + groups * nbytes, offset + width
-        result = ops.add(ops.to_dtype(load_zero(of_group), torch.float32), distance)
-        return ops.to_dtype(result, dtype)
+        result = ops.add(_convert(load_zero(of_group), dtype, torch.float32), distance)
+        return _convert(result, torch.float32, dtype)
 
     device = codes.get_device()
     decoded = ir.Pointwise.create(device=device, dtype=dtype, inner_fn=decode, ranges=[groups, parts, run])
@@ -91,22 +91,31 @@ def _constant(value: int) -> Any:
     return ops.constant(value, torch.int32)
 
 
+def _convert(value: Any, source: torch.dtype, dtype: torch.dtype) -> Any:
+    return value if source == dtype else ops.to_dtype(value, dtype)
+
+
 def _field(byte: Any, position: sympy.Expr, width: int, weight: float, is_cpu: bool) -> tuple[Any, Any]:
     """The field of ``width`` bits at ``position`` in a byte: two float32 numbers whose product is its value * weight.
 
-    On the CPU the byte without its other fields, and the reciprocal of the field's unit: a shift of the byte itself
-    would have to widen it to int32 first, which takes longer than all the rest.
+    The second is None where it is 1. On the CPU they are the byte without its other fields, and the reciprocal of the
+    field's unit: a shift of the byte itself would have to widen it to int32 first, which takes longer than all the
+    rest. Inductor writes code for every operator several times: the fewer, the sooner it is done.
     """
+    if width == 8:
+        return ops.to_dtype(byte, torch.float32), None
     distance = ops.index_expr(position * width, torch.int32)
     if not is_cpu:
         shifted = ops.bitwise_right_shift(ops.to_dtype(byte, torch.int32), distance)
-        field = ops.bitwise_and(shifted, _constant(2**width - 1))
-        return ops.to_dtype(field, torch.float32), ops.constant(weight, torch.float32)
-    unit = ops.bitwise_left_shift(_constant(1), distance)
+        field = ops.to_dtype(ops.bitwise_and(shifted, _constant(2**width - 1)), torch.float32)
+        return field, None if weight == 1 else ops.constant(weight, torch.float32)
+    # 1 or 16 for 4 bits.
+    is_half = width == 4
+    unit = ops.index_expr(1 + 15 * position, torch.int32) if is_half else ops.bitwise_left_shift(_constant(1), distance)
     mask = ops.mul(unit, _constant(2**width - 1))
     field = ops.bitwise_and(byte, ops.to_dtype(mask, torch.uint8))
-    share = ops.truediv(ops.constant(weight, torch.float32), ops.to_dtype(unit, torch.float32))
-    return ops.to_dtype(field, torch.float32), share
+    reciprocal = ops.truediv(ops.constant(weight, torch.float32), ops.to_dtype(unit, torch.float32))
+    return ops.to_dtype(field, torch.float32), reciprocal
 
 
 def _of_group(group: sympy.Expr, groups: sympy.Expr, is_cpu: bool) -> list[Any]:

@@ -29,12 +29,13 @@ from torch._library.utils import get_layout_constraint_tag
 
 from actcompile.plan import Plan
 
-from ..triton_kernels import _compiled_cpu  # noqa: F401  defines quantize_compiled
+from ..triton_kernels._compiled_cpu import Format  # quantize_compiled is defined there, too
 from ..triton_kernels._layout import storage_permutation
 from . import _fused_encoder
 from ._decoder_loops import decode_groups, unpack_mask
 from ._fx import GraphPair
 from ._views import ALIAS_OPS
+from .place_codecs import DECODERS
 
 aten = torch.ops.aten
 actcompile = torch.ops.actcompile
@@ -56,11 +57,32 @@ for _operator in (
     make_fallback(_operator, layout_constraint=_constraint, warn=False)  # type: ignore[no-untyped-call]
 
 
-def lower_encoders(pair: GraphPair, plan: Plan) -> None:
-    """Points encoders on the CPU to their compiled bodies."""
+def lower_codecs(pair: GraphPair, plan: Plan) -> None:
+    """Points encoders on the CPU to their compiled bodies, and gives libraries on other devices decoders of their own.
+
+    What anything else reads would otherwise be decoded to memory for the library, and read there.
+    """
     for node in pair.forward.graph.nodes:
         if node.target in _COMPILED_ON_CPU and node.args[0].meta["val"].device.type == "cpu":
             node.target = _COMPILED_ON_CPU[node.target]
+    for node in list(pair.backward.graph.nodes):
+        if node.target in DECODERS and node.meta["val"].device.type != "cpu":
+            _split(node)
+
+
+def _split(decoder: fx.Node) -> None:
+    libraries = [user for user in decoder.users if _is_library_call(user)]
+    if libraries and len(libraries) < len(decoder.users):
+        with decoder.graph.inserting_after(decoder):
+            copy = decoder.graph.node_copy(decoder)
+        for user in libraries:
+            user.replace_input_with(decoder, copy)
+
+
+def compiled_formats(pair: GraphPair) -> list[Format]:
+    """The formats whose compiled bodies the forward calls."""
+    encoders = pair.forward.graph.find_nodes(op="call_function", target=actcompile.quantize_compiled.default)
+    return [(node.args[1], node.args[2], node.args[0].meta["val"].dtype) for node in encoders]
 
 
 def _launch(operator: torch._ops.OpOverload, *args: Any) -> Any:
@@ -68,16 +90,18 @@ def _launch(operator: torch._ops.OpOverload, *args: Any) -> Any:
     return fallback_handler(operator, add_to_fallback_set=False)(*args)  # type: ignore[no-untyped-call]
 
 
-def _is_read_from_memory(node: fx.Node) -> bool:
-    """Whether all that reads ``node`` are kernels of a library, into which nothing fuses."""
-    return all(
-        _is_read_from_memory(user) if user.target in ALIAS_OPS else user.target in _LIBRARY_CALLS or _is_opaque(user)
-        for user in node.users
+def _is_library_call(user: fx.Node) -> bool:
+    """Whether nothing fuses into what ``user`` computes, or, if it is a view, into what reads it."""
+    if user.target in ALIAS_OPS:
+        return all(map(_is_library_call, user.users))
+    return user.target in _LIBRARY_CALLS or (
+        isinstance(user.target, torch._ops.OpOverload) and user.target in needs_realized_inputs
     )
 
 
-def _is_opaque(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target in needs_realized_inputs
+def _is_launched(value: ir.TensorBox) -> bool:
+    """Whether the decoder being lowered has a kernel of its own: libraries alone read what it decodes."""
+    return value.get_device_or_error().type != "cpu" and all(map(_is_library_call, V.graph.current_node.users))
 
 
 @register_lowering(actcompile.quantize.default, type_promotion_kind=None)
@@ -103,13 +127,17 @@ def _lower_dequantize(
     dtype: torch.dtype,
 ) -> Any:
     arguments = codes, scale, zero, bits, group_size, shape, stride, dtype
-    if codes.get_device_or_error().type != "cpu" and _is_read_from_memory(V.graph.current_node):
+    if _is_launched(codes):
         return _launch(actcompile.dequantize.default, *arguments)
-    return decode_groups(*arguments)
+    decoded = decode_groups(*arguments)
+    if any(user.target in needs_realized_inputs for user in V.graph.current_node.users):
+        # Views of what lies in memory are read there; of what is realized later, each reader would get a copy.
+        decoded.realize()
+    return decoded
 
 
 @register_lowering(actcompile.unpack_bool.default, type_promotion_kind=None)
 def _lower_unpack_bool(packed: ir.TensorBox, shape: Sequence[Any], stride: Sequence[Any] | None = None) -> Any:
-    if packed.get_device_or_error().type != "cpu" and _is_read_from_memory(V.graph.current_node):
+    if _is_launched(packed):
         return _launch(actcompile.unpack_bool.default, packed, shape, stride)
     return unpack_mask(packed, shape, stride)

@@ -1,7 +1,7 @@
 // The CPU body of the encoder; quantize.py has the formula and the layout, and its reference the same bits.
 //
-// Compiled once per format and dtype, behind the constants of quantize.py and _hash.py and
-//     LOW_BITS, HIGH_BITS   widths of the planes; HIGH_BITS may be 0
+// Compiled once per set of widths, group size and dtype, behind the constants of quantize.py and _hash.py and
+//     FORMATS(CASE)         CASE(LOW_BITS, HIGH_BITS) for each width: those of its planes; HIGH_BITS may be 0
 //     GROUP_SIZE
 //     Word                  the signed integer as wide as an element
 //     INFINITY_BITS         infinity as a Word
@@ -21,7 +21,6 @@
 #include <cstring>
 #include <vector>
 
-constexpr int LEVELS = (1 << (LOW_BITS + HIGH_BITS)) - 1;
 constexpr Word MAGNITUDE = static_cast<Word>(~(1u << (8 * sizeof(Word) - 1)));
 
 template <typename To, typename From>
@@ -64,6 +63,7 @@ inline void pack(const uint8_t* codes, uint8_t* plane) {
 inline float smaller(float x, float y) { return x < y ? x : y; }
 
 // Rounded to bf16: up, unless the highest level would then lie beyond the largest number.
+template <int LEVELS>
 inline float scale_of(float low, float high) {
     const float room = smaller(LARGEST * 0.5f - low * 0.5f, MAX_SPREAD) / LEVELS * 2.0f;
     const float wanted = smaller((high * 0.5f - low * 0.5f) / LEVELS * 2.0f, room);
@@ -74,9 +74,11 @@ inline float scale_of(float low, float high) {
 }
 
 // `start` is the index of the group's first element, `x` its elements; `codes` holds GROUP_SIZE bytes on the way.
+template <int LOW_BITS, int HIGH_BITS>
 inline void encode_group(
     const Word* __restrict x, uint64_t start, uint64_t key, uint8_t* __restrict codes, uint8_t* __restrict low_plane,
     uint8_t* __restrict high_plane, uint16_t* scale_out, Word* zero_out) {
+    constexpr int LEVELS = (1 << (LOW_BITS + HIGH_BITS)) - 1;
     Word lowest = ordered(x[0]), highest = lowest;
 #pragma omp simd reduction(min : lowest) reduction(max : highest)
     for (int i = 0; i < GROUP_SIZE; ++i) {
@@ -86,7 +88,7 @@ inline void encode_group(
     }
     const bool finite = lowest > static_cast<Word>(~INFINITY_BITS) && highest < INFINITY_BITS;
     const float low = to_float(ordered(lowest));
-    const float scale = scale_of(low, to_float(ordered(highest)));
+    const float scale = scale_of<LEVELS>(low, to_float(ordered(highest)));
     *scale_out = finite ? bits_of<uint32_t>(scale) >> 16 : 0x7FC0;
     *zero_out = finite ? ordered(lowest) : MAGNITUDE;
 
@@ -111,7 +113,8 @@ inline void encode_group(
     }
 }
 
-extern "C" void kernel(
+template <int LOW_BITS, int HIGH_BITS>
+inline void encode(
     const Word* x,        // [numel], 1 or more
     const int64_t* seed,  // []
     uint8_t* codes,       // [groups * GROUP_SIZE * (LOW_BITS + HIGH_BITS) / 8]
@@ -135,9 +138,20 @@ extern "C" void kernel(
                 }
                 elements = filled.data();
             }
-            encode_group(
+            encode_group<LOW_BITS, HIGH_BITS>(
                 elements, start, key, on_the_way.data(), codes + g * LOW_NBYTES, high_codes + g * HIGH_NBYTES,
                 scale + g, zero + g);
         }
+    }
+}
+
+extern "C" void kernel(
+    const Word* x, const int64_t* seed, uint8_t* codes, uint16_t* scale, Word* zero, int64_t salt_key, int64_t numel,
+    int64_t threads, int64_t bits) {
+    switch (bits) {
+#define CASE(LOW_BITS, HIGH_BITS) \
+    case LOW_BITS + HIGH_BITS: \
+        return encode<LOW_BITS, HIGH_BITS>(x, seed, codes, scale, zero, salt_key, numel, threads);
+        FORMATS(CASE)
     }
 }

@@ -1,15 +1,16 @@
-"""CPU body of the encoder: ``_compiled_cpu.cpp``, compiled once per format and dtype, for any size.
+"""CPU body of the encoder: ``_compiled_cpu.cpp``, compiled once per set of formats, for any size.
 
-One body serves all tensors of a model, so that a graph's compile time does not grow with what it stores. Inductor's own
-compiler and cache build it, so that it needs nothing that compiling the graph does not need.
+One body serves all tensors of a model, so that a graph's compile time does not grow with what it stores; formats that
+differ in their bits alone share a source, because starting the compiler takes several times as long as one more of
+them. Inductor's own compiler and cache build it, so that it needs nothing that compiling the graph does not need.
 """
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._inductor.async_compile import AsyncCompile, get_compile_threads
 from torch._inductor.codecache import CppPythonBindingsCodeCache
 
 from ._hash import FRACTION_BITS, INDEX_HIGH_MULTIPLIER, MULTIPLIERS, SHIFTS, mix_seed
@@ -29,10 +30,16 @@ _ELEMENTS: dict[torch.dtype, dict[str, tuple[str, object]]] = {
 _WORDS = {4: "int32_t", 2: "int16_t"}
 
 
-def _constants(bits: int, group_size: int, dtype: torch.dtype) -> dict[str, tuple[str, object]]:
-    """Name -> type and value of all that the source expects to be defined, but ``Word``."""
-    low_bits, high_bits = (*PLANES[bits], 0)[:2]
-    integers = {"LOW_BITS": low_bits, "HIGH_BITS": high_bits, "GROUP_SIZE": group_size, "FRACTION_BITS": FRACTION_BITS}
+# Bits, group size and the dtype of what is encoded.
+Format = tuple[int, int, torch.dtype]
+
+# Each gives the source's ``kernel`` once it is compiled.
+_kernels: dict[Format, Callable[[], Callable[..., None]]] = {}
+
+
+def _constants(group_size: int, dtype: torch.dtype) -> dict[str, tuple[str, object]]:
+    """Name -> type and value of all that the source expects to be defined, but ``Word`` and ``FORMATS``."""
+    integers = {"GROUP_SIZE": group_size, "FRACTION_BITS": FRACTION_BITS}
     integers |= {f"SHIFT{i}": shift for i, shift in enumerate(SHIFTS)}
     words = {f"MULTIPLIER{i}": multiplier % 2**32 for i, multiplier in enumerate(MULTIPLIERS)}
     words["INDEX_HIGH_MULTIPLIER"] = INDEX_HIGH_MULTIPLIER
@@ -44,17 +51,32 @@ def _constants(bits: int, group_size: int, dtype: torch.dtype) -> dict[str, tupl
     return typed
 
 
-@functools.cache
-def _encoder(bits: int, group_size: int, dtype: torch.dtype) -> Callable[..., None]:
-    """The source's ``kernel`` for one format and dtype."""
-    check_arguments(dtype, bits, group_size)
+def start_compiling(formats: Iterable[Format]) -> None:
+    """Compiles what ``quantize_compiled`` needs for ``formats``, if it is not there yet, while the caller goes on."""
+    missing: dict[tuple[int, torch.dtype], list[int]] = {}
+    for bits, group_size, dtype in sorted(set(formats) - _kernels.keys(), key=str):
+        check_arguments(dtype, bits, group_size)
+        missing.setdefault((group_size, dtype), []).append(bits)
+    for (group_size, dtype), widths in missing.items():
+        kernel = _compile(widths, group_size, dtype)
+        _kernels.update({(bits, group_size, dtype): kernel for bits in widths})
+
+
+def _compile(widths: list[int], group_size: int, dtype: torch.dtype) -> Callable[[], Callable[..., None]]:
+    """The source's ``kernel`` for codes of these widths, once it is asked for."""
     word = _WORDS[dtype.itemsize]
     lines = ["#include <cstdint>", f"using Word = {word};"]
-    for name, (ctype, value) in _constants(bits, group_size, dtype).items():
+    for name, (ctype, value) in _constants(group_size, dtype).items():
         lines.append(f"constexpr {ctype} {name} = {value!r};")
+    planes = ((*PLANES[bits], 0)[:2] for bits in widths)
+    lines.append("#define FORMATS(CASE) " + " ".join(f"CASE({low}, {high})" for low, high in planes))
     source = Path(__file__).with_suffix(".cpp").read_text()
     pointers = [f"const {word}*", "const int64_t*", "uint8_t*", "uint16_t*", f"{word}*"]
-    return CppPythonBindingsCodeCache.load_pybinding([*pointers, *["int64_t"] * 3], "\n".join([*lines, source]))
+    # With one thread Inductor compiles what is asked for, when it is.
+    submit = AsyncCompile.submit if get_compile_threads() > 1 else None
+    return CppPythonBindingsCodeCache.load_pybinding_async(
+        [*pointers, *["int64_t"] * 4], "\n".join([*lines, source]), submit_fn=submit
+    )
 
 
 @torch.library.custom_op(
@@ -66,9 +88,11 @@ def quantize_compiled(x: Tensor, bits: int, group_size: int, seed: Tensor, salt:
     groups = num_groups(flat.numel(), group_size)
     codes = flat.new_empty(groups * (group_size * bits // 8), dtype=torch.uint8)
     scale, zero = flat.new_empty(groups, dtype=torch.bfloat16), flat.new_empty(groups)
-    encode = _encoder(bits, group_size, x.dtype)
+    if (bits, group_size, x.dtype) not in _kernels:
+        start_compiling([(bits, group_size, x.dtype)])
+    encode = _kernels[bits, group_size, x.dtype]()
     threads = min(torch.get_num_threads(), 1 + flat.numel() // THREAD_NUMEL)
-    encode(flat, seed, codes, scale, zero, mix_seed(salt), flat.numel(), threads)
+    encode(flat, seed, codes, scale, zero, mix_seed(salt), flat.numel(), threads, bits)
     return codes, scale, zero
 
 

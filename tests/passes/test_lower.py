@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from actcompile.passes.insert_codecs import insert_codecs
-from actcompile.passes.lower import lower_encoders
+from actcompile.passes.lower import compiled_formats, lower_codecs
 from actcompile.passes.pack_masks import pack_masks
 from actcompile.plan import Action, Decision
 from actcompile.triton_kernels.quantize import PLANES
@@ -93,16 +94,35 @@ def test_unpack_bool() -> None:
         assert torch.equal(got, mask)
 
 
+def test_attention_reads_what_was_decoded_without_copies() -> None:
+    q, k, v = (torch.randn(2, 32, 48).unflatten(2, (3, 2, 8)).unbind(2)[i].transpose(1, 2) for i in range(3))
+    parts = [p for x in (q, k, v) for p in torch.ops.actcompile.quantize(x, 4, GROUP_SIZE, torch.tensor(7), 3)]
+
+    def attend_twice(*parts: Tensor) -> list[Tensor]:
+        decoded = [
+            torch.ops.actcompile.dequantize(*parts[i : i + 3], 4, GROUP_SIZE, q.shape, q.stride(), q.dtype)
+            for i in (0, 3, 6)
+        ]
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return [attend(*decoded)[0], attend(*decoded, is_causal=True)[0]]
+
+    got, (code,) = run_and_get_code(compiled, attend_twice, parts)
+    assert code.count("empty_strided_cpu(") == 3
+    for result, expected in zip(got, attend_twice(*parts), strict=True):
+        assert torch.equal(result, expected)
+
+
 def test_encoders_point_to_their_compiled_bodies() -> None:
     traced = trace(lambda w, x: (x @ w).sin(), torch.randn(8, 8, requires_grad=True), torch.randn(16, 8))
     plan = traced.keep_all(mm=Decision(Action.QUANTIZE, "test", bits=4, group_size=32))
     insert_codecs(traced.pair, plan)
     before = text(traced.pair.forward), text(traced.pair.backward)
-    lower_encoders(traced.pair, plan)
+    lower_codecs(traced.pair, plan)
     once = text(traced.pair.forward)
     assert once == before[0].replace("= quantize(", "= quantize_compiled(")
+    assert compiled_formats(traced.pair) == [(4, 32, torch.float32)]
     assert text(traced.pair.backward) == before[1]
-    lower_encoders(traced.pair, plan)
+    lower_codecs(traced.pair, plan)
     assert text(traced.pair.forward) == once
 
 
@@ -113,7 +133,7 @@ def test_graph_without_encoders_is_unchanged() -> None:
     plan = traced.keep_all(gt=Decision(Action.PACK, "test"))
     pack_masks(traced.pair, plan)
     before = text(traced.pair.forward), text(traced.pair.backward)
-    lower_encoders(traced.pair, plan)
+    lower_codecs(traced.pair, plan)
     assert (text(traced.pair.forward), text(traced.pair.backward)) == before
 
 

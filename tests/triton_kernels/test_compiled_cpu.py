@@ -1,5 +1,7 @@
 """The compiled CPU encoder against the reference, bit for bit."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -98,3 +100,25 @@ def test_operator_passes_opcheck(bits: int) -> None:
 def test_what_the_format_does_not_have(bits: int, group_size: int) -> None:
     with pytest.raises(ValueError, match="must be"):
         quantize_compiled(torch.ones(64), bits, group_size, torch.tensor(1), SALT)
+
+
+def test_formats_that_differ_in_bits_share_one_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources: list[str] = []
+    load = _compiled_cpu.CppPythonBindingsCodeCache.load_pybinding_async
+
+    def spy(arguments: list[str], source: str, **options: object) -> Callable[[], Callable[..., None]]:
+        sources.append(source)
+        return load(arguments, source, **options)
+
+    monkeypatch.setattr(_compiled_cpu, "_kernels", {})
+    monkeypatch.setattr(_compiled_cpu.CppPythonBindingsCodeCache, "load_pybinding_async", spy)
+    formats = [(bits, 64, torch.float32) for bits in PLANES]
+    _compiled_cpu.start_compiling(formats)
+    _compiled_cpu.start_compiling([*formats, (4, 64, torch.bfloat16)])
+    assert len(sources) == 2
+    for bits in PLANES:
+        check(extremes(torch.float32), bits, 64)
+    assert len(sources) == 2
+    # What nobody announced is compiled when it is called.
+    check(randn(1000), 4, 128)
+    assert len(sources) == 3
