@@ -31,8 +31,12 @@ def decode_groups(
     shape: Sequence[Any],
     stride: Sequence[Any],
     dtype: torch.dtype,
+    in_memory: bool,
 ) -> ir.TensorBox:
-    """``dequantize`` as loops over [group, part, column]: the parts of the narrowest plane, a run of bytes in each."""
+    """``dequantize`` as loops over [group, part, column]: the parts of the narrowest plane, a run of bytes in each.
+
+    With ``in_memory``, what is decoded lies there for all readers.
+    """
     (groups,) = scale.get_size()
     load_codes, load_scale, load_zero = codes.make_loader(), scale.make_loader(), zero.make_loader()
     is_cpu = _is_on_cpu(codes)
@@ -62,6 +66,8 @@ def decode_groups(
 
     device = codes.get_device()
     decoded = ir.Pointwise.create(device=device, dtype=dtype, inner_fn=decode, ranges=[groups, parts, run])
+    if in_memory:
+        decoded.realize()
     return _restore(decoded, shape, stride)
 
 

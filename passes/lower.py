@@ -129,11 +129,9 @@ def _lower_dequantize(
     arguments = codes, scale, zero, bits, group_size, shape, stride, dtype
     if _is_launched(codes):
         return _launch(actcompile.dequantize.default, *arguments)
-    decoded = decode_groups(*arguments)
-    if any(user.target in needs_realized_inputs for user in V.graph.current_node.users):
-        # Views of what lies in memory are read there; of what is realized later, each reader would get a copy.
-        decoded.realize()
-    return decoded
+    # Views of what lies in memory are read there; of what is realized later, each reader would get a copy.
+    in_memory = any(user.target in needs_realized_inputs for user in V.graph.current_node.users)
+    return decode_groups(*arguments, in_memory=in_memory)
 
 
 @register_lowering(actcompile.unpack_bool.default, type_promotion_kind=None)
