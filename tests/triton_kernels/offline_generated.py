@@ -19,7 +19,7 @@ from triton.compiler import ASTSource, compile
 import actcompile.passes.lower  # noqa: F401  lowers the operators
 from actcompile.triton_kernels.quantize import PLANES
 
-from ..generated_code import generate, kernels_loaded, trace
+from ..virtual_cuda import generate, kernels_loaded, trace
 from .offline import TARGETS, VERSIONS, Case, write_table
 
 TABLE = Path(__file__).with_suffix(".csv")

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import actcompile.passes.lower  # noqa: F401  lowers the operators
 from actcompile.triton_kernels.quantize import FLOAT_DTYPES, PLANES
 
-from ..generated_code import generate, run, trace
+from ..virtual_cuda import generate, run, trace
 from .conftest import INTERPRETED, assert_same_bits
 
 if not INTERPRETED:

@@ -12,7 +12,7 @@ from actcompile._explain import traced_records
 from actcompile.config import Config
 from bench.models import make_gpt
 
-from ..generated_code import generate, run
+from ..virtual_cuda import generate, run
 from .conftest import INTERPRETED
 
 if not INTERPRETED:
