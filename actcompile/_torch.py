@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 import torch._functorch.config as functorch_config
@@ -21,6 +22,7 @@ from torch._dynamo.source import ConstantSource
 from torch._guards import CompileContext, TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
+from torch._inductor.dtype_propagation import DtypePropagationOpsHandler
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -191,12 +193,8 @@ def _rules_of_dtypes_made_once() -> Iterator[None]:
 
     That takes a tenth of what compiling a graph with codecs takes. The object is a singleton all the same.
     """
-    original = codegen_common.DtypePropagationOpsHandler
-    codegen_common.DtypePropagationOpsHandler = functools.cache(original)  # type: ignore[misc, assignment]
-    try:
+    with mock.patch.object(codegen_common, "DtypePropagationOpsHandler", functools.cache(DtypePropagationOpsHandler)):
         yield
-    finally:
-        codegen_common.DtypePropagationOpsHandler = original  # type: ignore[misc]
 
 
 def _inner_compile(
