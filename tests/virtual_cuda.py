@@ -27,9 +27,9 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime import triton_helpers, triton_heuristics
 from torch._inductor.virtualized import V
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._pytree import tree_map
 from triton.backends.compiler import GPUTarget
 
@@ -55,10 +55,17 @@ _H100 = types.SimpleNamespace(
 )
 
 
-def trace(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
-    """The graph of ``function``, decomposed as for Inductor."""
+def trace(function: Callable[..., Any], *inputs: Tensor, dynamic_batch: bool = False) -> fx.GraphModule:
+    """The graph of ``function``, decomposed as for Inductor; with ``dynamic_batch``, for any size of its input."""
     with FakeTensorMode(shape_env=ShapeEnv()) as mode:
-        fakes = [mode.from_tensor(value, static_shapes=True) for value in inputs]
+        first, *rest = inputs
+        if dynamic_batch:
+            sizes = [DimDynamic.DYNAMIC, *[DimDynamic.STATIC] * (first.dim() - 1)]
+            context = StatelessSymbolicContext(dynamic_sizes=sizes, constraint_sizes=[None] * len(sizes))
+            fakes = [mode.from_tensor(first, symbolic_context=context)]
+        else:
+            fakes = [mode.from_tensor(first, static_shapes=True)]
+        fakes += [mode.from_tensor(value, static_shapes=True) for value in rest]
         return make_fx(function, decomposition_table=select_decomp_table())(*fakes)
 
 
@@ -89,12 +96,13 @@ def generate(graph: fx.GraphModule, is_backward: bool = False, device: torch.dev
 
 def _move_to_cuda(graph: fx.GraphModule) -> None:
     mode = detect_fake_mode([node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")])
+    assert mode is not None
 
     def moved(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        meta = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-        return FakeTensor(mode, meta, CUDA)
+        with mode:
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=CUDA)
 
     for node in graph.graph.nodes:
         for key in {"val", "eager_input_vals"} & node.meta.keys():

@@ -12,6 +12,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from actcompile.passes import lower
 from actcompile.passes.insert_codecs import insert_codecs
 from actcompile.passes.lower import compiled_formats, lower_codecs
 from actcompile.passes.pack_masks import pack_masks
@@ -147,3 +148,25 @@ def test_inductor_knows_operators_before_it_meets_them(name: str) -> None:
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"
+
+
+def test_libraries_get_decoders_of_their_own() -> None:
+    """What a pointwise operator reads as well would otherwise be decoded to memory for both."""
+
+    def function(codes: Tensor, scale: Tensor, zero: Tensor, weight: Tensor) -> list[Tensor]:
+        x = torch.ops.actcompile.dequantize(codes, scale, zero, 4, GROUP_SIZE, [8, 64], [64, 1], torch.float32)
+        return [x.t() @ weight, x.sin()]
+
+    codes = torch.ops.actcompile.quantize(torch.randn(8, 64), 4, GROUP_SIZE, torch.tensor(7), 3)
+    weight = torch.randn(8, 16)
+    graph = make_fx(function)(*codes, weight)
+    (decoder,) = graph.graph.find_nodes(op="call_function", target=torch.ops.actcompile.dequantize.default)
+    lower._split(decoder)
+    graph.recompile()
+    decoders = graph.graph.find_nodes(op="call_function", target=torch.ops.actcompile.dequantize.default)
+    assert [[user.name for user in decoder.users] for decoder in decoders] == [["sin"], ["t"]]
+    for got, expected in zip(graph(*codes, weight), function(*codes, weight), strict=True):
+        assert torch.equal(got, expected)
+    for decoder in decoders:
+        lower._split(decoder)
+    assert len(graph.graph.find_nodes(op="call_function", target=torch.ops.actcompile.dequantize.default)) == 2

@@ -64,6 +64,61 @@ def test_after_a_reduction_of_rows(width: int, dtype: torch.dtype, tmp_path: Pat
         assert_encoded(layer_norm, [torch.randn(5, width, dtype=dtype), torch.randn(width, dtype=dtype)], 4, tmp_path)
 
 
+def test_dynamic_batch(tmp_path: Path) -> None:
+    def function(x: Tensor, weight: Tensor, seed: Tensor) -> list[Tensor]:
+        y = F.gelu(F.layer_norm(x, weight.shape, weight))
+        return [y, *quantize(y, 3, GROUP_SIZE, seed, 1)]
+
+    x, weight = torch.randn(6, 4, 512), torch.randn(512)
+    code = generate(trace(function, x, weight, SEED, dynamic_batch=True))
+    assert [call.is_kernel for call in code.calls] == [True]
+    for batch in (x, x[:1], torch.randn(9, 4, 512)):
+        y, *encoded = run(code, [batch, weight, SEED], tmp_path)
+        for got, expected in zip(encoded, quantize(y, 3, GROUP_SIZE, SEED, 1), strict=True):
+            assert_same_bits(got, expected)
+
+
+def assert_encoded_in_calls(function: Callable[..., Any], inputs: list[Tensor], num_calls: int, folder: Path) -> None:
+    """The codes of ``function``'s first result have the operator's bits; there are ``num_calls`` with the encoder's."""
+
+    def encode(*inputs: Tensor) -> tuple[Tensor, ...]:
+        results = function(*inputs[:-1])
+        return *results, *quantize(results[0], 4, GROUP_SIZE, inputs[-1], 3)
+
+    code = generate(trace(encode, *inputs, SEED))
+    assert len(code.calls) == num_calls, code.source
+    results = run(code, [*inputs, SEED], folder)
+    for got, expected in zip(results[-3:], quantize(results[0], 4, GROUP_SIZE, SEED, 3), strict=True):
+        assert_same_bits(got, expected)
+
+
+def test_rows_that_are_no_whole_groups(tmp_path: Path) -> None:
+    assert_encoded_in_calls(lambda x: [F.layer_norm(x, (384,))], [torch.randn(4, 384)], 2, tmp_path)
+
+
+def test_tensors_that_are_no_whole_groups(tmp_path: Path) -> None:
+    assert_encoded_in_calls(lambda x: [F.gelu(x)], [torch.randn(3, 100)], 2, tmp_path)
+
+
+def test_beside_a_reduction_of_columns(tmp_path: Path) -> None:
+    def function(x: Tensor) -> list[Tensor]:
+        y = x.exp()
+        return [y, y.sum(0)]
+
+    # The encoder with the exponential; the reduction, split.
+    assert_encoded_in_calls(function, [torch.randn(256, 256)], 3, tmp_path)
+
+
+def test_transposed_readers(tmp_path: Path) -> None:
+    """What reads the tensor in another order would tile it otherwise."""
+
+    def function(x: Tensor) -> list[Tensor]:
+        y = x.exp()
+        return [y, y.t().contiguous()]
+
+    assert_encoded_in_calls(function, [torch.randn(64, 256)], 2, tmp_path)
+
+
 @pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
 def test_groups_that_are_not_finite(number: float, tmp_path: Path) -> None:
     x = torch.randn(4, GROUP_SIZE)
