@@ -80,11 +80,14 @@ def neighbour_runs(x: Tensor, bits: int) -> Runs:
     def normalize(values: Tensor) -> Tensor:
         return layer_norm(values, [WIDTH])
 
+    def with_codes(values: Tensor) -> list[Tensor]:
+        return [values, *encode(values)]
+
     for name, produce in (("gelu", gelu), ("layer_norm", normalize)):
-        together = compiled(lambda values, produce=produce: encode(produce(values)))
+        together = compiled(lambda values, produce=produce: with_codes(produce(values)))
         alone = compiled(produce)
         runs[f"{name}, encode"] = lambda together=together: together(x)
-        runs[f"{name}, encode apart"] = lambda alone=alone: encode(alone(x))
+        runs[f"{name}, encode apart"] = lambda alone=alone: with_codes(alone(x))
 
     def consume(values: Tensor, gradient: Tensor) -> Tensor:
         return torch.ops.aten.gelu_backward(gradient, values)

@@ -170,3 +170,33 @@ def test_libraries_get_decoders_of_their_own() -> None:
     for decoder in decoders:
         lower._split(decoder)
     assert len(graph.graph.find_nodes(op="call_function", target=torch.ops.actcompile.dequantize.default)) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [256, 768, 1024, 8192])
+def test_fused_encoders_on_a_gpu(width: int, dtype: torch.dtype) -> None:
+    """Codes that producers' kernels write have the bits of the operator; so has what readers' kernels decode."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    quantize, dequantize = torch.ops.actcompile.quantize, torch.ops.actcompile.dequantize
+    x, weight = (torch.randn(*shape, device="cuda", dtype=dtype) for shape in ((512, width), (width,)))
+    seed = torch.tensor(7, device="cuda")
+    for bits in PLANES:
+
+        def encode(x: Tensor, weight: Tensor, seed: Tensor, bits: int = bits) -> list[Tensor]:
+            y = torch.nn.functional.layer_norm(x, (width,), weight)
+            z = torch.nn.functional.gelu(y)
+            return [y, z, *quantize(y, bits, 256, seed, 1), *quantize(z, bits, 256, seed, 2)]
+
+        y, z, *encoded = compiled(encode, [x, weight, seed])
+        expected = [*quantize(y, bits, 256, seed, 1), *quantize(z, bits, 256, seed, 2)]
+        for got, one in zip(encoded, expected, strict=True):
+            torch.testing.assert_close(got, one, rtol=0, atol=0)
+
+        def decode(*codes: Tensor, bits: int = bits) -> list[Tensor]:
+            return [dequantize(*codes, bits, 256, [512, width], [width, 1], dtype).float() * 2.0]
+
+        (got,) = compiled(decode, expected[:3])
+        torch.testing.assert_close((got / 2.0).to(dtype), (decode(*expected[:3])[0] / 2.0).to(dtype), rtol=0, atol=0)
