@@ -25,8 +25,9 @@ group's kept values are quantized as in ``quantize``, with ``scale`` and ``zero`
 noise of each element's index in x.
 
 Why a zero point: beside a scale alone (symmetric codes) it takes 16 bits more per group (32 in float32), a third of a
-bit per value at 51 of 256. Noise at 4 bits over the tensor's energy, symmetric and with zero point: GELU 1.3e-2, 1.6e-3; softmax rows
-8.3e-2, 1.6e-2; gaussian 6.3e-3, 4.6e-3, where pruning itself costs 0.35. One bit per value is worth a factor of 4.6.
+bit per value at 51 of 256, and one bit per value is worth a factor of 4.6. Noise at 4 bits over the tensor's energy,
+symmetric and with zero point: GELU 1.3e-2, 1.6e-3; softmax rows 8.3e-2, 1.6e-2; gaussian 6.3e-3, 4.6e-3, where pruning
+itself costs 0.35.
 
 Error: a pruned element's is its magnitude, which no kept one of its block is below: no other choice of as many elements
 leaves a smaller sum of squares. A kept element's is 0 at 16 bits (float32: 2**-8 of it, or 2**-134), else below
