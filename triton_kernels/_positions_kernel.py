@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ._quantize_kernel import FRACTION, group_steps, maximum, noise
 from ._topk_sizes import POSITIONS_GROUP
-from ._topk_values import decode_value, in_16_bits, magnitude_key
+from ._topk_values import in_16_bits, load_steps, magnitude_key
 
 _GROUP = tl.constexpr(POSITIONS_GROUP)
 
@@ -128,9 +128,9 @@ def _densify_positions_kernel(
     """Inverse of ``_sparsify_positions_kernel``."""
     PAIRS: tl.constexpr = _GROUP // (2 * BLOCK)
     POSITION_BITS: tl.constexpr = 4 if BLOCK == 16 else 2
-    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)[:, None]  # [GROUPS, 1]
-    pair = group * PAIRS + tl.arange(0, PAIRS)[None, :]  # [GROUPS, PAIRS]
-    exists = group < num_groups
+    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)  # [GROUPS]
+    pair = group[:, None] * PAIRS + tl.arange(0, PAIRS)[None, :]  # [GROUPS, PAIRS]
+    exists = group[:, None] < num_groups
     lane = tl.arange(0, BLOCK)[None, None, :]  # [1, 1, BLOCK]
     places = _load_fields(index_ptr, pair, exists, 2 * KEEP, POSITION_BITS)
     values = ()
@@ -139,9 +139,10 @@ def _densify_positions_kernel(
             value = tl.load(values_ptr + pair * (2 * KEEP) + i, mask=exists, other=0.0)
             values = values + (value.to(tl.float32),)
     else:
+        scale, zero = load_steps(scale_ptr, zero_ptr, group, group < num_groups)
         codes = _load_fields(values_ptr, pair, exists, 2 * KEEP, VALUE_BITS)
         for i in tl.static_range(2 * KEEP):
-            values = values + (decode_value(codes[i], scale_ptr, zero_ptr, group, exists),)
+            values = values + (zero + scale * codes[i].to(tl.float32),)
     for half in tl.static_range(2):
         x = tl.zeros([GROUPS, PAIRS, BLOCK], tl.float32)
         for j in tl.static_range(KEEP):

@@ -20,7 +20,7 @@ from ._layout import from_storage_order, to_storage_order
 from ._positions_kernel import _densify_positions_kernel, _sparsify_positions_kernel
 from ._quantize_kernel import FRACTION, group_steps, maximum, noise
 from ._topk_sizes import POSITION_BITS, check_format, empty_parts, group_numel, num_groups
-from ._topk_values import decode_value, in_16_bits, magnitude_key
+from ._topk_values import in_16_bits, load_steps, magnitude_key
 
 ELEMENTS_PER_THREAD, NUM_WARPS = 8, 4
 
@@ -66,8 +66,9 @@ def _sparsify_kernel(
 ):
     """``sparsify_groups`` where a group is a block."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)[:, None]  # [GROUPS, 1]
-    column = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
+    first = tl.program_id(0).to(tl.int64) * GROUPS
+    row, column = tl.arange(0, GROUPS)[:, None], tl.arange(0, BLOCK)[None, :]  # [GROUPS, 1], [1, BLOCK]
+    group = first + row
     exists, start = group < num_groups, group * BLOCK
     x = tl.load(x_ptr + start + column, mask=start + column < n, other=0.0)  # [GROUPS, BLOCK]
     kept, rank = select_largest(magnitude_key(x), KEEP, 31 if DTYPE == tl.float32 else 15)
@@ -76,7 +77,8 @@ def _sparsify_kernel(
     place = group * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[None, :]
     tl.store(index_ptr + place, tl.sum(bits, 2).to(tl.uint8), mask=exists)
     if VALUE_BITS == 16:
-        tl.store(values_ptr + group * KEEP + rank, in_16_bits(x), mask=kept & exists)
+        # From the program's first on, places are int32: in 64 bits they would not fit the registers.
+        tl.store(values_ptr + first * KEEP + (row * KEEP + rank), in_16_bits(x), mask=kept & exists)
     else:
         LEVELS: tl.constexpr = 2**VALUE_BITS - 1
         value = x.to(tl.float32)
@@ -86,24 +88,24 @@ def _sparsify_kernel(
         position = tl.minimum((tl.where(kept, value, low) * 0.5 - origin) * inverse, limit).to(tl.int32)
         draws = noise(tl.load(seed_ptr) ^ salt_key, start, column)
         codes = ((position + draws) >> FRACTION) & LEVELS  # [GROUPS, BLOCK]
-        _store_codes(values_ptr, codes, rank, kept & exists, group, KEEP, VALUE_BITS)
+        _store_codes(values_ptr, codes, rank, kept & exists, first, row, KEEP, VALUE_BITS)
         tl.store(scale_ptr + group, tl.where(finite, scale, float("nan")).to(tl.bfloat16), mask=exists)
         tl.store(zero_ptr + group, tl.where(finite, low, float("nan")).to(DTYPE), mask=exists)
 
 
 @triton.jit
-def _store_codes(values_ptr, codes, rank, kept, group, KEEP: tl.constexpr, VALUE_BITS: tl.constexpr):
+def _store_codes(values_ptr, codes, rank, kept, first, row, KEEP: tl.constexpr, VALUE_BITS: tl.constexpr):
     """Stores the codes of kept elements: uint8 [num_groups, ceil(KEEP * VALUE_BITS / 8)]."""
     NBYTES: tl.constexpr = (KEEP * VALUE_BITS + 7) // 8
     if VALUE_BITS == 8:
-        tl.store(values_ptr + group * NBYTES + rank, codes.to(tl.uint8), mask=kept)
+        tl.store(values_ptr + first * NBYTES + (row * NBYTES + rank), codes.to(tl.uint8), mask=kept)
     else:
         # Two kept elements share a byte. The second of them stores it: the last even rank before its own is the first.
-        first = kept & (rank % 2 == 0)
-        latest = tl.associative_scan(tl.where(first, (rank << 4) | codes, 0), 1, larger)
-        byte = tl.where(first, codes, (codes << 4) | (latest & 15))
+        even = rank % 2 == 0
+        latest = tl.associative_scan(tl.where(kept & even, (rank << 4) | codes, 0), 1, larger)
+        byte = tl.where(even, codes, (codes << 4) | (latest & 15))
         stores = kept & ((rank % 2 == 1) | (rank == KEEP - 1))
-        tl.store(values_ptr + group * NBYTES + rank // 2, byte.to(tl.uint8), mask=stores)
+        tl.store(values_ptr + first * NBYTES + (row * NBYTES + rank // 2), byte.to(tl.uint8), mask=stores)
 
 
 @triton.jit(do_not_specialize=["num_groups"])
@@ -122,9 +124,9 @@ def _densify_kernel(
 ):
     """Inverse of ``_sparsify_kernel``."""
     NBYTES: tl.constexpr = (KEEP * VALUE_BITS + 7) // 8
-    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)[:, None]  # [GROUPS, 1]
+    row = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)  # [GROUPS]
+    group, exists = row[:, None], row[:, None] < num_groups  # [GROUPS, 1]
     column = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
-    exists = group < num_groups
     place = group * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[None, :]
     packed = tl.load(index_ptr + place, mask=exists, other=0).to(tl.int32)  # [GROUPS, BLOCK / 8]
     bits = tl.reshape((packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1, [GROUPS, BLOCK])
@@ -132,9 +134,10 @@ def _densify_kernel(
     if VALUE_BITS == 16:
         value = tl.load(values_ptr + group * KEEP + rank, mask=kept, other=0.0).to(tl.float32)
     else:
+        scale, zero = load_steps(scale_ptr, zero_ptr, row, row < num_groups)
         byte = tl.load(values_ptr + group * NBYTES + rank * VALUE_BITS // 8, mask=kept, other=0).to(tl.int32)
         code = (byte >> (rank * VALUE_BITS % 8)) & (2**VALUE_BITS - 1)
-        value = tl.where(kept, decode_value(code, scale_ptr, zero_ptr, group, exists), 0.0)
+        value = tl.where(kept, zero + scale * code.to(tl.float32), 0.0)
     index = group * BLOCK + column
     tl.store(x_ptr + index, value.to(x_ptr.dtype.element_ty), mask=index < n)
 

@@ -28,8 +28,9 @@ def in_16_bits(x):
 
 
 @triton.jit
-def decode_value(code, scale_ptr, zero_ptr, group, exists):
-    """Values of codes, as float32; ``group`` and ``exists`` are [GROUPS, 1]."""
+def load_steps(scale_ptr, zero_ptr, group, exists):
+    """Scale and zero of ``group`` [GROUPS], as float32 [GROUPS, 1]."""
+    # In one dimension: a load of [GROUPS, 1] is repeated for each element that a thread holds.
     scale = tl.load(scale_ptr + group, mask=exists, other=0.0).to(tl.float32)
     zero = tl.load(zero_ptr + group, mask=exists, other=0.0).to(tl.float32)
-    return zero + scale * code.to(tl.float32)
+    return scale[:, None], zero[:, None]
