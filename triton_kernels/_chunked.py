@@ -80,7 +80,7 @@ def densify_in_chunks(
     parts = split_groups(index, values, scale, zero, keep, block, value_bits)
     flat = torch.empty(num_groups(numel, block), group_numel(block), dtype=dtype, device=index.device)
     for rows in _chunks(*flat.shape):
-        flat[rows] = densify_groups(*(part[rows] for part in parts), keep, block, value_bits, dtype)
+        flat[rows] = densify_groups([part[rows] for part in parts], keep, block, value_bits, dtype)
     return from_storage_order(flat.view(-1)[:numel], shape, stride)
 
 

@@ -141,7 +141,7 @@ def densify_reference(
     """Inverse of ``sparsify_reference``: a tensor of ``shape``, ``stride`` and ``dtype``."""
     check_format(dtype, keep, block, value_bits)
     parts = split_groups(index, values, scale, zero, keep, block, value_bits)
-    flat = densify_groups(*parts, keep, block, value_bits, dtype)
+    flat = densify_groups(parts, keep, block, value_bits, dtype)
     return from_storage_order(flat.view(-1)[: math.prod(shape)], shape, stride)
 
 
@@ -154,17 +154,9 @@ def split_groups(
     return rows, values.view(len(rows), value_nbytes // values.itemsize), scale.unsqueeze(1), zero.unsqueeze(1)
 
 
-def densify_groups(
-    index: Tensor,
-    values: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    keep: int,
-    block: int,
-    value_bits: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def densify_groups(parts: Sequence[Tensor], keep: int, block: int, value_bits: int, dtype: torch.dtype) -> Tensor:
     """The inverse of the formula: rows of ``split_groups`` to [num_groups, group_numel]."""
+    index, values, scale, zero = parts
     if value_bits < 16:
         codes = unpack_fields(values, value_bits)[:, : group_numel(block) // block * keep]
         values = zero.float() + scale.float() * codes.float()
