@@ -24,6 +24,7 @@ from torch.nn.functional import gelu, layer_norm
 
 import actcompile.passes.lower  # noqa: F401  teaches Inductor the codecs
 from actcompile.meter import measure_steps
+from actcompile.triton_kernels import _compiled_topk  # noqa: F401  defines the compiled operators
 from actcompile.triton_kernels import _weight_grad_times as weight_grad_times
 from actcompile.triton_kernels.quantize import PLANES
 
@@ -41,6 +42,9 @@ LAYERS = [
     for width in (768, 1024, 2048, 4096)
     for features in ((width, width), (4 * width, width), (width, 4 * width))
 ]
+
+# Elements kept of each block, bits of their values.
+PRUNED = [(51, 256, 16), (51, 256, 8), (2, 16, 4)]
 
 Runs = dict[str, Callable[[], object]]
 
@@ -62,6 +66,18 @@ def codec_runs(x: Tensor, bits: int) -> Runs:
     encode, decode = encoder(x, bits), compiled(decoder(x, bits))
     encoded = encode(x)
     return {"copy": x.clone, "encode": lambda: encode(x), "decode": lambda: decode(*encoded)}
+
+
+def pruning_runs(x: Tensor, keep: int, block: int, value_bits: int) -> Runs:
+    """Both directions of pruning, as a compiled graph runs them on ``x``'s device, and the copy."""
+    sparsify, densify = (OPS.sparsify, OPS.densify) if x.is_cuda else (OPS.sparsify_compiled, OPS.densify_compiled)
+    seed, kept = torch.tensor(7, device=x.device), (keep, block, value_bits)
+    parts, layout = sparsify(x, *kept, seed, 3), (list(x.shape), list(x.stride()), x.dtype)
+    return {
+        "copy": x.clone,
+        f"sparsify {keep}:{block}": lambda: sparsify(x, *kept, seed, 3),
+        f"densify {keep}:{block}": lambda: densify(*parts, *kept, *layout),
+    }
 
 
 def mask_runs(mask: Tensor) -> Runs:
@@ -125,6 +141,8 @@ def cases(parts: Sequence[str], dtypes: Sequence[str], widths: Sequence[int], nb
         x = torch.randn(numel // WIDTH, WIDTH, device=device).to(DTYPES[dtype])
         for bits in widths if "codecs" in parts else ():
             yield dtype, bits, codec_runs(x, bits)
+        for keep, block, value_bits in PRUNED if "pruning" in parts else ():
+            yield dtype, value_bits, pruning_runs(x, keep, block, value_bits)
         if "neighbours" in parts:
             yield dtype, 4, neighbour_runs(x, 4)
     if "masks" in parts:
@@ -151,7 +169,7 @@ def weight_grad_rows(dtypes: Sequence[str], widths: Sequence[int], ships: bool) 
 def main() -> None:
     """Measures, appends rows and prints the table."""
     parser = argparse.ArgumentParser("python -m bench.kernels", description=__doc__)
-    parts = ["codecs", "masks", "neighbours"]
+    parts = ["codecs", "masks", "neighbours", "pruning"]
     parser.add_argument("--parts", nargs="+", choices=[*parts, "weight_grad"], default=parts, help="what to measure")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the tensors")
     parser.add_argument("--bits", type=int, nargs="+", choices=PLANES, default=list(PLANES), help="of the codes")

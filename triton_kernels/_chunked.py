@@ -8,7 +8,9 @@ from torch import Tensor
 
 from ._hash import mix_seed
 from ._layout import from_storage_order, to_storage_order
+from ._topk_sizes import check_format, group_numel, num_groups
 from .quantize import MIN_SCALE, check_arguments, decode_groups, encode_groups, group, split_planes
+from .topk import densify_groups, pad_groups, sparsify_groups, split_groups
 
 CHUNK_NUMEL = 2**18
 
@@ -45,6 +47,41 @@ def dequantize_in_chunks(
     for rows in chunks:
         flat[rows] = decode_groups([plane[rows] for plane in planes], scale[rows], zero[rows], bits, group_size)
     return from_storage_order(flat.view(-1)[: math.prod(shape)], shape, stride)
+
+
+def sparsify_in_chunks(
+    x: Tensor, keep: int, block: int, value_bits: int, seed: Tensor, salt: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``sparsify_reference`` on a few groups at a time: the same bits, with less memory."""
+    check_format(x.dtype, keep, block, value_bits)
+    groups, key = pad_groups(to_storage_order(x), block), seed ^ mix_seed(salt)
+    parts = [sparsify_groups(groups[rows], keep, block, value_bits, key, rows.start) for rows in _chunks(*groups.shape)]
+    if len(parts) == 1:
+        return parts[0]
+    index, values, scale, zero = (torch.cat(part) for part in zip(*parts, strict=True))
+    return index, values, scale, zero
+
+
+def densify_in_chunks(
+    index: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    keep: int,
+    block: int,
+    value_bits: int,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """``densify_reference`` on a few groups at a time: the same bits, with less memory."""
+    check_format(dtype, keep, block, value_bits)
+    numel = math.prod(shape)
+    parts = split_groups(index, values, scale, zero, keep, block, value_bits)
+    flat = torch.empty(num_groups(numel, block), group_numel(block), dtype=dtype, device=index.device)
+    for rows in _chunks(*flat.shape):
+        flat[rows] = densify_groups([part[rows] for part in parts], keep, block, value_bits, dtype)
+    return from_storage_order(flat.view(-1)[:numel], shape, stride)
 
 
 def rounding_variance(x: Tensor, widths: Sequence[int], group_size: int) -> Tensor:

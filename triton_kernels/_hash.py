@@ -56,6 +56,11 @@ def noise(key: Tensor, shape: Sequence[int], columns: slice, first_group: int = 
     """
     start = torch.arange(first_group, first_group + shape[0], device=key.device).unsqueeze(1) * shape[1]
     column = torch.arange(columns.start, columns.stop, dtype=torch.int32, device=key.device)
+    return noise_at(key, start, column)
+
+
+def noise_at(key: Tensor, start: Tensor, column: Tensor) -> Tensor:
+    """The same for the elements ``start`` (int64) + ``column`` (int32), a sum that does not carry beyond 32 bits."""
     high = (start >> 32).to(torch.int32) * INDEX_HIGH_MULTIPLIER
     h = ((start.to(torch.int32) + column) ^ (key.to(torch.int32) ^ high)) * MULTIPLIERS[0]
     h = (h ^ shift_right(h, SHIFTS[0]) ^ (key >> 32).to(torch.int32)) * MULTIPLIERS[1]

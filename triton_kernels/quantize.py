@@ -90,6 +90,13 @@ def group(flat: Tensor, group_size: int) -> Tensor:
 
 def encode_groups(groups: Tensor, bits: int, key: Tensor, first_group: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """The formula for [num_groups, group_size], the first of them the ``first_group``-th of its tensor."""
+    draws = noise(key, groups.shape, slice(0, groups.shape[1]), first_group)
+    codes, scale, zero = encode_values(groups, bits, draws)
+    return pack_planes(codes, bits), scale, zero
+
+
+def encode_values(groups: Tensor, bits: int, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int32 [num_groups, group_size], scale and zero [num_groups]; ``draws`` is the noise of each element."""
     levels = 2**bits - 1
     values = groups.float()
     low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
@@ -105,13 +112,13 @@ def encode_groups(groups: Tensor, bits: int, key: Tensor, first_group: int = 0) 
     inverse, origin, mask = 2.0 / scale, low * 0.5, finite.to(torch.int32) * levels
     position = ((values * 0.5 - origin) * inverse).clamp(max=levels)
     fixed = (position * float(2**FRACTION_BITS)).to(torch.int32)
-    rounded = (fixed + noise(key, groups.shape, slice(0, groups.shape[1]), first_group)) >> FRACTION_BITS
+    rounded = (fixed + draws) >> FRACTION_BITS
     # What a non-finite position converts to differs between machines: such groups get the code 0 throughout.
     codes = rounded & mask
 
     scale = torch.where(finite, scale, math.nan).to(torch.bfloat16)
     zero = torch.where(finite, low, math.nan).to(groups.dtype)
-    return pack_planes(codes, bits), scale.view(-1), zero.view(-1)
+    return codes, scale.view(-1), zero.view(-1)
 
 
 def pack_planes(codes: Tensor, bits: int) -> Tensor:

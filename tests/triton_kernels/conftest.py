@@ -24,8 +24,8 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def interpreter_handles_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """What Triton's interpreter gets wrong.
 
-    It truncates where the hardware rounds to the nearest bfloat16, which torch's rounding stands in for, and multiplies
-    the bit patterns of bfloat16 matrices.
+    It truncates where the hardware rounds to the nearest bfloat16, which torch's rounding stands in for, reads
+    subnormal ones as 0, and multiplies the bit patterns of bfloat16 matrices.
     """
     if not INTERPRETED:
         return
@@ -35,6 +35,8 @@ def interpreter_handles_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
 
     def rounding(data, source, target, mode):  # type: ignore[no-untyped-def]
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return np.ascontiguousarray(data).view(np.uint16).astype(np.uint32) << 16
         if (source, target) != (tl.float32, tl.bfloat16):
             return convert(data, source, target, mode)
         values = torch.from_numpy(np.ascontiguousarray(data).view(np.float32).copy())

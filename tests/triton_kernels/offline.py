@@ -4,7 +4,8 @@
 
 A row holds, per thread, the registers, the bytes spilled to memory, and the loads and stores of global memory as
 "number x bits" (copies of global to shared memory count as loads); per program, its warps and the bytes of shared
-memory. The kernel of weight gradients has a row for each of its tiles, rows x outputs x inputs.
+memory. The kernel of weight gradients has a row for each of its tiles, rows x outputs x inputs; those of pruning have
+"keep:block" in their names and the bits of their values.
 """
 
 import csv
@@ -21,7 +22,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from actcompile.triton_kernels import _pack_bool_kernel, _quantize_kernel, _weight_grad_kernel
+from actcompile.triton_kernels import (
+    _pack_bool_kernel,
+    _positions_kernel,
+    _quantize_kernel,
+    _topk_kernel,
+    _weight_grad_kernel,
+)
 from actcompile.triton_kernels.quantize import PLANES
 
 TABLE = Path(__file__).with_suffix(".csv")
@@ -39,6 +46,16 @@ CODECS = {
     "dequantize": (_quantize_kernel._dequantize_kernel, _quantize_kernel.DEQUANTIZE_ELEMENTS_PER_THREAD),
 }
 MASKS = {"pack_bool": _pack_bool_kernel._pack_bool_kernel, "unpack_bool": _pack_bool_kernel._unpack_bool_kernel}
+SPARSE = {
+    "sparsify 51:256": _topk_kernel._sparsify_kernel,
+    "densify 51:256": _topk_kernel._densify_kernel,
+    "sparsify 2:16": _positions_kernel._sparsify_positions_kernel,
+    "densify 2:16": _positions_kernel._densify_positions_kernel,
+    "sparsify 2:4": _positions_kernel._sparsify_positions_kernel,
+    "densify 2:4": _positions_kernel._densify_positions_kernel,
+}
+# Bits of values and dtypes: each width, each dtype and each way to store them once.
+SPARSE_FORMATS = {"51:256": ((16, "fp32"), (8, "bf16"), (4, "bf16")), "2:16": ((4, "bf16"),), "2:4": ((16, "fp16"),)}
 WEIGHT_GRADS = {
     "weight_grad {BLOCK_M}x{BLOCK_N}x{BLOCK_K}".format(**config.kwargs): config
     for config in (*_weight_grad_kernel.HALF_CONFIGS, *_weight_grad_kernel.FULL_CONFIGS)
@@ -67,6 +84,8 @@ def cases() -> Iterator[Case]:
         for kernel in CODECS:
             yield from (Case(kernel, bits, dtype, target) for bits in PLANES for dtype in DTYPES)
         yield from (Case(kernel, 1, "u8", target) for kernel in MASKS)
+        for kernel in SPARSE:
+            yield from (Case(kernel, bits, dtype, target) for bits, dtype in SPARSE_FORMATS[kernel.split()[1]])
         for kernel, config in WEIGHT_GRADS.items():
             for dtype, widths in WEIGHT_GRAD_BITS.items():
                 if config in _weight_grad_kernel.CONFIGS[_TORCH_DTYPES[dtype]]:
@@ -79,6 +98,7 @@ def compile_case(case: Case, group_size: int = 256, aligned: bool = True, parts:
     ``parts`` are those of a weight gradient whose rows are split, stored the other way round.
     """
     describe = _describe_weight_grad if case.kernel in WEIGHT_GRADS else _describe_codec
+    describe = _describe_sparse if case.kernel in SPARSE else describe
     kernel, options, types = describe(case, group_size)
     if parts:
         options |= {"TRANSPOSED": True}
@@ -104,6 +124,15 @@ def _describe_codec(case: Case, group_size: int) -> tuple[Any, dict[str, Any], d
     options = _quantize_kernel.launch_options(case.bits, group_size, elements_per_thread)
     types = {"x_ptr": f"*{case.dtype}", "seed_ptr": "*i64", "codes_ptr": "*u8", "scale_ptr": "*bf16"}
     return kernel, options, types | {"zero_ptr": f"*{case.dtype}", "salt_key": "i64", "n": "i64", "num_groups": "i64"}
+
+
+def _describe_sparse(case: Case, group_size: int) -> tuple[Any, dict[str, Any], dict[str, str]]:
+    """The same; the kernel's name says what a group is."""
+    keep, block = map(int, case.kernel.split()[1].split(":"))
+    types = {"x_ptr": f"*{case.dtype}", "seed_ptr": "*i64", "index_ptr": "*u8", "scale_ptr": "*bf16"}
+    types |= {"values_ptr": "*u8" if case.bits < 16 else "*fp16" if case.dtype == "fp16" else "*bf16"}
+    types |= {"zero_ptr": f"*{case.dtype}", "salt_key": "i64", "n": "i64", "num_groups": "i64"}
+    return SPARSE[case.kernel], _topk_kernel.launch_options(keep, block, case.bits), types
 
 
 def _describe_weight_grad(case: Case, group_size: int) -> tuple[Any, dict[str, Any], dict[str, str]]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from actcompile.triton_kernels import _compiled_cpu
+from actcompile.triton_kernels import _compiled_cpu, _compiled_elements
 from actcompile.triton_kernels._compiled_cpu import quantize_compiled
 from actcompile.triton_kernels._hash import mix_seed
 from actcompile.triton_kernels._layout import to_storage_order
@@ -73,7 +73,7 @@ def test_layouts() -> None:
 
 
 def test_threads_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_compiled_cpu, "THREAD_NUMEL", 64)
+    monkeypatch.setattr(_compiled_elements, "THREAD_NUMEL", 64)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     check(randn(3000), 6, 64)
 
@@ -104,14 +104,14 @@ def test_what_the_format_does_not_have(bits: int, group_size: int) -> None:
 
 def test_formats_that_differ_in_bits_share_one_source(monkeypatch: pytest.MonkeyPatch) -> None:
     sources: list[str] = []
-    load = _compiled_cpu.CppPythonBindingsCodeCache.load_pybinding_async
+    load = _compiled_elements.CppPythonBindingsCodeCache.load_pybinding_async
 
     def spy(arguments: list[str], source: str, **options: object) -> Callable[[], Callable[..., None]]:
         sources.append(source)
         return load(arguments, source, **options)
 
     monkeypatch.setattr(_compiled_cpu, "_kernels", {})
-    monkeypatch.setattr(_compiled_cpu.CppPythonBindingsCodeCache, "load_pybinding_async", spy)
+    monkeypatch.setattr(_compiled_elements.CppPythonBindingsCodeCache, "load_pybinding_async", spy)
     formats = [(bits, 64, torch.float32) for bits in PLANES]
     _compiled_cpu.start_compiling(formats)
     _compiled_cpu.start_compiling([*formats, (4, 64, torch.bfloat16)])

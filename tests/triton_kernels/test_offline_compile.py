@@ -15,6 +15,7 @@ if INTERPRETED:
 from .offline import (  # noqa: E402
     CODECS,
     MASKS,
+    SPARSE,
     TABLE,
     TARGETS,
     VERSIONS,
@@ -51,8 +52,8 @@ def test_table(case: Case) -> None:
     """What a kernel takes changes only together with the table."""
     compiled = compile_case(case)
     assert_in_registers(compiled, MAX_PRODUCT_REGISTERS if case.kernel in WEIGHT_GRADS else MAX_REGISTERS)
-    if case.kernel in CODECS and case.target in NVIDIA:
-        assert_ieee(compiled, encodes=case.kernel == "quantize")
+    if case.kernel in {*CODECS, *SPARSE} and case.target in NVIDIA:
+        assert_ieee(compiled, encodes=case.kernel.startswith(("quantize", "sparsify")) and case.bits < 16)
     if TABLE_VERSIONS == VERSIONS:
         remedy = f"if that is meant, write {TABLE.name} anew: python -m tests.triton_kernels.offline"
         assert read_row(compiled) == ROWS[case], remedy
@@ -87,6 +88,23 @@ def test_accesses_are_wide_and_not_repeated(target: str) -> None:
 def test_group_sizes(group_size: int) -> None:
     for kernel, bits in product(CODECS, (1, 8)):
         assert_in_registers(compile_case(Case(kernel, bits, "bf16", "sm_90"), group_size))
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_pruning_reads_and_writes_dense_tensors_in_wide_accesses(target: str) -> None:
+    """What is kept is stored one element at a time: where it lands depends on the data."""
+    # The seed is one more load of 64 bits.
+    for kernel, loads, stores in (("51:256", "1x128 1x64", "1x128"), ("2:16", "3x64", "2x64")):
+        assert ROWS[Case(f"sparsify {kernel}", 4, "bf16", target)]["loads"] == loads
+        assert ROWS[Case(f"densify {kernel}", 4, "bf16", target)]["stores"] == stores
+
+
+@pytest.mark.parametrize("block", [128, 512, 1024])
+def test_pruned_block_sizes(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kernel in ("sparsify", "densify"):
+        monkeypatch.setitem(SPARSE, f"{kernel} 100:{block}", SPARSE[f"{kernel} 51:256"])
+        for target in NVIDIA:
+            assert_in_registers(compile_case(Case(f"{kernel} 100:{block}", 4, "fp32", target), aligned=False))
 
 
 @pytest.mark.parametrize("target", NVIDIA)
