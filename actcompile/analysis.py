@@ -19,6 +19,7 @@ from .passes._fx import (
 )
 from .passes._naming import module_path, operator_name, source_line
 from .passes._views import VALUE_PRESERVING_OPS, storage, value_chain
+from .passes._weight_grads import WeightGrads
 from .plan import Recomputation, Role, SavedTensor
 
 aten = torch.ops.aten
@@ -79,9 +80,15 @@ def analyze(pair: GraphPair) -> list[SavedTensor]:
     order = {node: position for position, node in enumerate(pair.backward.graph.nodes)}
     gradients = _reached_gradients(pair.backward.graph, order)
     returned = {storage(node) for node in pair.user_outputs if isinstance(node, fx.Node)}
-    rows = [_describe(pair, slot, len(gradients[slot.placeholder]), returned) for slot in pair.slots]
-    keys = {slot.source: slot.key for slot in pair.slots}
-    return [replace(row, recomputation=_recomputation(slot, keys)) for row, slot in zip(rows, pair.slots, strict=True)]
+    weights, keys = WeightGrads(pair), {slot.source: slot.key for slot in pair.slots}
+    return [
+        replace(
+            _describe(pair, slot, len(gradients[slot.placeholder]), returned),
+            recomputation=_recomputation(slot, keys),
+            is_layer_input=bool(weights.of(slot.placeholder)),
+        )
+        for slot in pair.slots
+    ]
 
 
 def _describe(pair: GraphPair, slot: Slot, num_gradients: int, returned: set[fx.Node]) -> SavedTensor:

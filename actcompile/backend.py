@@ -46,14 +46,13 @@ from .following import check_model, follow
 from .passes import run_passes
 from .passes._naming import call_sites
 from .passes.fuse_weight_grad import fuse_weight_grad
-from .passes.lower import compiled_formats, lower_codecs
+from .passes.lower import lower_codecs, start_compiling_bodies
 from .passes.partition import baseline, partition
 from .plan import Plan, Role
 from .planner import make_plan
 from .rng import next_seed
 from .sensitivity import Probe
 from .solving import found_plan, solved_again
-from .triton_kernels._compiled_cpu import start_compiling
 
 log = logging.getLogger(__name__)
 
@@ -229,8 +228,7 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
         if self.lowered:
             lower_codecs(pair, plan)
             fuse_weight_grad(pair, plan)
-            # They are first called in the forward, which takes a while to compile.
-            start_compiling(compiled_formats(pair))
+            start_compiling_bodies(pair)
         self.record.finish(rows, plan, pair)
         if log.isEnabledFor(logging.INFO):
             log.info("%s", self.record.summary())

@@ -8,13 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
-from .plan import Action, Plan
+from .plan import Action, Plan, Pruning
+from .triton_kernels._topk_sizes import VALUE_BITS, num_kept
 
 # Bits that a code can have; EXACT_BITS keeps every tensor's own bits, so that only the lossless passes run.
 CODE_BITS = (1, 2, 3, 4, 6, 8)
 EXACT_BITS = 32
 DEFAULT_BITS = 4
 DEFAULT_MIN_NUMEL = 4096
+
+# Elements of which ``sparsity`` drops a share, and what ``auto`` chooses from: 1.2 to 2.8 bits per element in float32.
+SPARSE_BLOCK = 256
+PRUNINGS = (
+    Pruning(2, 16, 4),
+    Pruning(2, 16, 8),
+    Pruning(3, 16, 4),
+    Pruning(51, SPARSE_BLOCK, 4),
+    Pruning(2, 16, 16),
+    Pruning(51, SPARSE_BLOCK, 8),
+)
 
 # GACT's optimization levels (conf.py of its release), as settings of this package.
 LEVELS: Mapping[str, Mapping[str, Any]] = {
@@ -33,11 +45,6 @@ LEVELS: Mapping[str, Mapping[str, Any]] = {
 RECOMPUTE = ("none", "cheap", "full")
 LOWERINGS = ("inductor", "eager")
 
-# Fields that are part of the interface but that this release does not act on: field -> what to use instead.
-_NOT_YET: Mapping[str, str] = {
-    "sparsity": "set bits",
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -54,8 +61,10 @@ class Config:
             the memory of a compiled one where samples meet, as in batch normalization (``profile`` on a small batch
             avoids that); otherwise all get the same.
         group_size: Elements that share one scale: a power of two from 32 to 4096.
-        sparsity: Share of elements dropped from the inputs of linear layers. Not available in this release.
-        sparse_value_bits: Bits of the values that are left: 16, 8 or 4.
+        sparsity: Share of elements dropped from what weight gradients alone read: of each 256 elements, the
+            largest are stored, in ``sparse_value_bits``, and the others count as zero. Input gradients stay exact; what
+            else is saved gets ``bits``. With ``auto``, which prunes where that is best anyway, no other share.
+        sparse_value_bits: Bits of the values that are left: 16, 8 or 4; with ``auto``, any of them.
         recompute: "none" saves what torch.compile saves; "cheap" also recomputes what needs no matrix product; "full"
             repeats matrix products too, where ``memory`` cannot be met at 4 bits (at level L0 without loss) otherwise
             and ``offload`` is off.
@@ -164,9 +173,18 @@ class Config:
         return bool(self.setting("offload"))
 
     @property
+    def prunings(self) -> tuple[Pruning, ...]:
+        """What tensors may be pruned to, from the fewest bytes: as ``sparsity`` says, or what ``auto`` chooses from."""
+        if self.sparsity is None:
+            return PRUNINGS if self.automatic else ()
+        kept = num_kept(self.sparsity, SPARSE_BLOCK)
+        widths = sorted(VALUE_BITS) if self.automatic else [self.sparse_value_bits]
+        return tuple(Pruning(kept, SPARSE_BLOCK, bits) for bits in widths)
+
+    @property
     def lossy(self) -> bool:
-        """Whether any saved tensor may come back with rounding noise; a plan must be resolved."""
-        chosen = self.plan.lossy if isinstance(self.plan, Plan) else self.code_bits is not None
+        """Whether any saved tensor may come back with an error; a plan must be resolved."""
+        chosen = self.plan.lossy if isinstance(self.plan, Plan) else (self.code_bits, self.sparsity) != (None, None)
         return chosen or any(bits != EXACT_BITS for _, bits in self.override_pairs)
 
     @property
@@ -227,7 +245,7 @@ def _check_targets(config: Config) -> None:
         raise ConfigError(f"at most one of bits, memory and noise can be the target, got {values}: keep one of them")
     if config.noise is not None and config.auto is False:
         raise ConfigError(f"noise needs sensitivities, got noise={config.noise!r} and auto=False: leave auto out")
-    others = [*given, *(name for name in ("level", "offload") if getattr(config, name))]
+    others = [*given, *(name for name in ("level", "offload", "sparsity") if getattr(config, name))]
     if config.plan is not None and others:
         raise ConfigError(f"a plan already says what is stored, got plan and {', '.join(others)}: give one of them")
 
@@ -262,10 +280,14 @@ def _check_numbers(config: Config) -> None:
     if not _is_int(group_size) or not 32 <= group_size <= 4096 or group_size & (group_size - 1):
         raise ConfigError(f"group_size must be a power of two from 32 to 4096, got {group_size!r}: 256 is the default")
     sparsity = config.sparsity
-    if sparsity is not None and (not isinstance(sparsity, int | float) or not 0 <= sparsity < 1):
+    is_number = isinstance(sparsity, int | float) and not isinstance(sparsity, bool)
+    if sparsity is not None and not (is_number and 0 <= sparsity < 1):
         raise ConfigError(f"sparsity must be a share of dropped elements in [0, 1), got {sparsity!r}: try 0.8")
-    if config.sparse_value_bits not in (16, 8, 4):
-        raise ConfigError(f"sparse_value_bits must be 16, 8 or 4, got {config.sparse_value_bits!r}")
+    if config.sparse_value_bits not in VALUE_BITS:
+        raise ConfigError(
+            f"sparse_value_bits must be one of {', '.join(map(str, VALUE_BITS))}, got {config.sparse_value_bits!r}: "
+            "choose the nearest of them"
+        )
     if config.noise is not None and not (isinstance(config.noise, int | float) and config.noise > 0):
         raise ConfigError(f"noise must be a positive relative variance, got {config.noise!r}: try 0.01")
     for name, least in (("min_numel", 0), ("profile_every", 1)):
@@ -308,14 +330,6 @@ def _check_overrides(config: Config) -> None:
             )
 
 
-def _check_availability(config: Config) -> None:
-    for name, remedy in _NOT_YET.items():
-        value = config.setting(name)
-        if value is not None and value is not False:
-            origin = f" (from level {config.level!r})" if getattr(config, name) is None else ""
-            raise ConfigError(f"{name} is not available in this release, got {value!r}{origin}: {remedy}")
-
-
 _CHECKS = (
     _check_targets,
     _check_bits,
@@ -323,5 +337,4 @@ _CHECKS = (
     _check_numbers,
     _check_choices,
     _check_overrides,
-    _check_availability,
 )

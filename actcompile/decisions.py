@@ -7,7 +7,8 @@ from fnmatch import fnmatchcase
 import torch
 
 from .config import CODE_BITS, EXACT_BITS, Config
-from .plan import Action, Decision, Profile, Role, SavedTensor
+from .plan import Action, Decision, Profile, Pruning, Role, SavedTensor
+from .triton_kernels._topk_sizes import sparsified_nbytes
 from .triton_kernels.pack_bool import packed_nbytes
 from .triton_kernels.quantize import quantized_nbytes
 
@@ -46,6 +47,8 @@ def encoded_nbytes(row: SavedTensor, decision: Decision) -> int:
         case Action.QUANTIZE:
             assert decision.bits is not None and decision.group_size is not None
             return quantized_nbytes(row.numel, decision.bits, decision.group_size, row.dtype)
+        case Action.SPARSIFY:
+            return sparsified_nbytes(row.numel, *decision.pruning, row.dtype)
         case Action.RECOMPUTE:
             return 0
 
@@ -57,11 +60,15 @@ def nbytes_at(row: SavedTensor, bits: float, group_size: int) -> float:
 
 
 def noise_of(row: SavedTensor, decision: Decision, profile: Profile) -> float:
-    """The variance that a decision adds to the gradient; infinite where the sensitivity of ``row`` is not known."""
+    """What a decision adds to E|g' - g|^2; infinite where the sensitivity of ``row`` to it is not known."""
     if decision.bits is None:
         return 0.0
     known = profile.sensitivities.get(row.key)
-    return math.inf if known is None else known.noise(decision.bits)
+    if known is None:
+        return math.inf
+    if decision.action is Action.SPARSIFY:
+        return known.pruned.get(decision.pruning, math.inf)
+    return known.noise(decision.bits)
 
 
 def decide(row: SavedTensor, config: Config, bits: int | None) -> Decision:
@@ -84,6 +91,11 @@ def decide(row: SavedTensor, config: Config, bits: int | None) -> Decision:
         reason = f"its module matches {pattern!r} (overrides)"
         if bits == EXACT_BITS:
             return Decision(Action.KEEP, reason)
+    if override is None and row.is_layer_input and not config.automatic:
+        for pruning in config.prunings:
+            pruned = sparsified(f"weight gradients alone read it (sparsity={config.sparsity:g})", row, pruning)
+            if encoded_nbytes(row, pruned) < row.nbytes:
+                return pruned
     if bits is None:
         return Decision(Action.KEEP, "the settings are lossless")
     decision = Decision(Action.QUANTIZE, reason + _caution(row), bits=bits, group_size=config.group_size)
@@ -104,14 +116,23 @@ def setting_against(row: SavedTensor, config: Config) -> str:
 
 
 def ways_to_store(row: SavedTensor, config: Config) -> list[Decision]:
-    """What may be stored for a row that can be quantized, from the fewest bytes."""
+    """What may be stored for a row that can be quantized."""
     reason = "least noise at these bytes" + _caution(row)
-    ways = [Decision(Action.QUANTIZE, reason, bits=bits, group_size=config.group_size) for bits in CODE_BITS]
+    ways = [
+        *(Decision(Action.QUANTIZE, reason, bits=bits, group_size=config.group_size) for bits in CODE_BITS),
+        *(sparsified("least noise at these bytes", row, pruning) for pruning in config.prunings),
+    ]
     smaller = [way for way in ways if stored_nbytes(row, way) < row.nbytes]
     if row.is_part and smaller:
         # Kept as it is, it would take more bytes than its own.
         return smaller
     return [*smaller, Decision(Action.KEEP, "exact is worth its bytes")]
+
+
+def sparsified(reason: str, row: SavedTensor, pruning: Pruning) -> Decision:
+    """The decision to prune ``row``."""
+    keep, block, bits = pruning
+    return Decision(Action.SPARSIFY, reason + _caution(row), bits=bits, keep=keep, block=block)
 
 
 def may_recompute(row: SavedTensor, config: Config) -> bool:

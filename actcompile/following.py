@@ -39,6 +39,7 @@ _FITS: Mapping[Action, Callable[[torch.dtype], bool]] = {
     Action.PACK: lambda dtype: dtype == torch.bool,
     Action.NARROW: lambda dtype: dtype in (torch.int64, torch.int32, torch.int16),
     Action.QUANTIZE: lambda dtype: dtype.is_floating_point,
+    Action.SPARSIFY: lambda dtype: dtype.is_floating_point,
     Action.RECOMPUTE: lambda dtype: dtype.is_floating_point,
 }
 
@@ -92,7 +93,8 @@ def _followed(plan: Plan, row: SavedTensor, config: Config, again: Collection[st
         return planned
     if planned.action is Action.KEEP and not planned.by_size and find_override(row, config) is None:
         return planned
-    if planned.action is not Action.QUANTIZE or row.obstacle or _settings_win(row, config):
+    is_lossy = planned.action in (Action.QUANTIZE, Action.SPARSIFY)
+    if not is_lossy or row.obstacle or _settings_win(row, config):
         return _again(plan, row, config)
     return planned if encoded_nbytes(row, planned) < row.nbytes else NO_FEWER_BYTES
 

@@ -12,6 +12,8 @@ Terms, used throughout with these meanings:
     plan           one decision per row
     offload        moving what is stored to the host's memory until the backward needs it
     group          elements that share one scale and one zero point
+    block          elements of which a fixed number is kept, where small ones are pruned
+    pruning        how many elements are kept of a block, and in how many bits
 """
 
 import json
@@ -20,15 +22,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .errors import ConfigError
 
 PLAN_FORMAT = "actcompile plan"
-PLAN_VERSION = 2
-_READABLE_VERSIONS = (1, 2)
+PLAN_VERSION = 3
+_READABLE_VERSIONS = (1, 2, 3)
 
 
 class Action(str, Enum):
@@ -38,6 +40,7 @@ class Action(str, Enum):
     PACK = "pack"  # a bool tensor, one bit per element
     NARROW = "narrow"  # integers, in the narrowest type that holds their range
     QUANTIZE = "quantize"  # codes of a few bits per element, with a scale and a zero point per group
+    SPARSIFY = "sparsify"  # the largest elements of each block and where they lie; the others come back as zero
     RECOMPUTE = "recompute"  # not stored: the backward computes it again from other saved tensors
 
     def __str__(self) -> str:
@@ -58,6 +61,14 @@ class Role(str, Enum):
         return self.value
 
 
+class Pruning(NamedTuple):
+    """``keep`` elements of each ``block`` are stored, in ``value_bits`` each."""
+
+    keep: int
+    block: int
+    value_bits: int
+
+
 @dataclass(frozen=True)
 class Recomputation:
     """What it takes to compute a saved tensor again: floating-point operations, and the keys of the rows it reads."""
@@ -74,7 +85,8 @@ class SavedTensor:
     ``shape`` holds the sizes of the traced call, ``nbytes`` and ``numel`` their product; ``symbolic_shape`` prints the
     symbols of a dynamic graph. ``obstacle`` says why it must stay exact, or is empty; ``movable`` whether a copy of it
     elsewhere would free its memory; ``is_part`` whether it lies in memory that is larger, all of which keeping it would
-    keep; ``recomputation`` how the backward could do without it.
+    keep; ``recomputation`` how the backward could do without it; ``is_layer_input`` whether the backward reads it in
+    gradients of weights alone, so that errors in it reach nothing else.
     """
 
     key: str
@@ -94,13 +106,15 @@ class SavedTensor:
     movable: bool = True
     is_part: bool = False
     recomputation: Recomputation | None = None
+    is_layer_input: bool = False
 
 
 @dataclass(frozen=True)
 class Decision:
     """What is stored in place of one saved tensor, and why; with ``offload``, in the host's memory.
 
-    ``by_size`` says that it is kept because of its size alone: another batch size decides again.
+    ``bits`` are those of a code or, with ``keep`` of each ``block``, of a value that is left. ``by_size`` says that it
+    is kept because of its size alone: another batch size decides again.
     """
 
     action: Action
@@ -110,22 +124,33 @@ class Decision:
     dtype: torch.dtype | None = None
     by_size: bool = False
     offload: bool = False
+    keep: int | None = None
+    block: int | None = None
+
+    @property
+    def pruning(self) -> Pruning:
+        """Of a decision to sparsify."""
+        assert self.keep is not None and self.block is not None and self.bits is not None, self
+        return Pruning(self.keep, self.block, self.bits)
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What rounding one saved tensor adds to the gradient.
+    """What rounding or pruning one saved tensor adds to the gradient.
 
     Args:
         variance: Code bits -> E|g' - g|^2 over the trainable parameters when this tensor alone is rounded to them.
         method: How it was found: "probed" by the product through the backward graph, or "perturbed", by noise in this
             tensor alone.
         excess: What a variance v grows by among other rounded tensors, in units of v^2.
+        pruned: Pruning -> E|g' - g|^2 when this tensor alone is pruned so: the square of the bias, and the variance
+            that rounding what is left adds. Prunings that were not measured are not there.
     """
 
     variance: Mapping[int, float]
     method: str
     excess: float = 0.0
+    pruned: Mapping[Pruning, float] = field(default_factory=dict)
 
     def noise(self, bits: int) -> float:
         """The tensor's part of E|g' - g|^2 when the others are rounded, too."""
@@ -168,9 +193,9 @@ class Plan(Mapping[str, Decision]):
 
     @property
     def lossy(self) -> bool:
-        """Whether any saved tensor may come back with rounding noise."""
+        """Whether any saved tensor may come back with an error."""
         decisions = [*self.decisions.values(), *([self.otherwise] if self.otherwise else [])]
-        return any(decision.action is Action.QUANTIZE for decision in decisions)
+        return any(decision.action in (Action.QUANTIZE, Action.SPARSIFY) for decision in decisions)
 
     def to_json(self) -> str:
         """The plan as a JSON document."""

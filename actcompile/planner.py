@@ -1,5 +1,6 @@
 """Decides what is stored for each saved tensor. Pure: rows and settings in, a plan out."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -128,7 +129,10 @@ class _Choice:
             if plans[index][row.key].action is Action.KEEP and row.key in graphs[index].profile.sensitivities
         ]
         overridden = [(index, row) for index, row in codes if plans[index][row.key].action is Action.QUANTIZE]
-        ways = [ways_to_store(row, config) for _, row in chosen]
+        ways = [
+            [w for w in ways_to_store(row, config) if math.isfinite(noise_of(row, w, graphs[index].profile))]
+            for index, row in chosen
+        ]
         options = [
             [Option(stored_nbytes(row, way), noise_of(row, way, graphs[index].profile)) for way in row_ways]
             for (index, row), row_ways in zip(chosen, ways, strict=True)
@@ -183,7 +187,10 @@ class _Choice:
     def _uniform(self, nbytes: float) -> list[int] | None:
         """The codes of most bits, the same for all rows, that fit into ``nbytes``; None when none do."""
         for bits in reversed(CODE_BITS):
-            picked = [next((index for index, way in enumerate(ways) if way.bits == bits), None) for ways in self.ways]
+            picked = [
+                next((i for i, way in enumerate(ways) if (way.action, way.bits) == (Action.QUANTIZE, bits)), None)
+                for ways in self.ways
+            ]
             indices = [index for index in picked if index is not None]
             if len(indices) == len(self.ways) and self._nbytes(indices) <= nbytes:
                 return indices
@@ -201,7 +208,7 @@ class _Choice:
         codes = []
         for (index, row), row_ways, pick in zip(self.chosen, self.ways, picked, strict=True):
             decisions[index][row.key] = row_ways[pick]
-            codes.append((row.numel, row_ways[pick].bits))
+            codes.append((row.numel, _bits_per_element(row, row_ways[pick])))
         otherwise = _otherwise(self.config, _mean_bits(codes) or self.config.code_bits)
         return [
             replace(plan, decisions=decided, otherwise=otherwise)
@@ -227,7 +234,12 @@ def _given(graph: ProbedGraph, config: Config, coarse: Plan) -> Plan:
     return replace(lossless, decisions=decisions)
 
 
-def _mean_bits(codes: Sequence[tuple[int, int | None]]) -> int | None:
+def _bits_per_element(row: SavedTensor, way: Decision) -> float | None:
+    """Of what is stored, scales and zeros of codes left out; None where it is exact."""
+    return 8 * stored_nbytes(row, way) / row.numel if way.action is Action.SPARSIFY else way.bits
+
+
+def _mean_bits(codes: Sequence[tuple[int, float | None]]) -> int | None:
     """Mean bits of tensors, from their elements and bits, rounded down to a width that codes have; exact tensors do not
     count. None when there are no others.
     """

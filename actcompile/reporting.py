@@ -14,8 +14,9 @@ import torch
 from tabulate import tabulate
 
 from .config import DEFAULT_BITS
+from .decisions import noise_of
 from .memory import Timeline, step_peak
-from .plan import Role, SavedTensor
+from .plan import Action, Role, SavedTensor
 from .planner import host_nbytes, predicted_noise, stored_nbytes
 from .records import GraphRecord
 
@@ -31,6 +32,7 @@ class ReportRow:
     """One saved tensor. ``nbytes`` is its own size, ``stored_nbytes`` what is stored on the device and ``host_nbytes``
     in the host's memory, metadata included.
 
+    ``kept`` says how many elements of a block are stored where the others are pruned, as "51/256", in ``bits`` each.
     ``kind`` is "leaf" when an error stays in one gradient and "path" when it travels on. ``sensitivity`` is the
     relative variance that rounding to 4 bits would add to the gradient of its graph, ``predicted_noise`` what its bits
     add; both are None as long as nothing measured them. ``method`` says how that was: "probed" or "perturbed".
@@ -53,6 +55,7 @@ class ReportRow:
     predicted_noise: float | None = None
     host_nbytes: int = 0
     method: str = ""
+    kept: str = ""
 
     @property
     def counts(self) -> bool:
@@ -158,7 +161,7 @@ def fold_layers(rows: Sequence[ReportRow]) -> list[list[ReportRow]]:
 
 def _fold_key(row: ReportRow, pattern: str, position: int) -> tuple[object, ...]:
     name = pattern, row.op, row.shape, row.dtype, row.kind, row.role
-    return *name, row.action, row.bits, bool(row.host_nbytes), row.reason, position
+    return *name, row.action, row.bits, row.kept, bool(row.host_nbytes), row.reason, position
 
 
 def _cell_row(rows: Sequence[ReportRow]) -> list[str]:
@@ -169,7 +172,7 @@ def _cell_row(rows: Sequence[ReportRow]) -> list[str]:
         "x".join(map(str, first.shape)) or "scalar",
         str(first.dtype).removeprefix("torch."),
         f"{sum(row.nbytes for row in rows) / MIB:.3f}",
-        first.action + (", offload" if first.host_nbytes else ""),
+        " ".join(filter(None, (first.action, first.kept))) + (", offload" if first.host_nbytes else ""),
         str(first.bits or ""),
         f"{sum(row.stored_nbytes for row in rows) / MIB:.3f}",
         first.kind,
@@ -204,8 +207,8 @@ def _report_row(record: GraphRecord, row: SavedTensor) -> ReportRow:
     known = None if profile is None else profile.sensitivities.get(row.key)
     square = 0.0 if profile is None else profile.gradient_square
     noises: tuple[float | None, float | None] = (None, None)
-    if known is not None and square:
-        noises = known.variance[DEFAULT_BITS] / square, known.noise(decision.bits) / square if decision.bits else 0.0
+    if profile is not None and known is not None and square:
+        noises = known.variance[DEFAULT_BITS] / square, noise_of(row, decision, profile) / square
     return ReportRow(
         name=row.name,
         op=row.op,
@@ -224,6 +227,7 @@ def _report_row(record: GraphRecord, row: SavedTensor) -> ReportRow:
         predicted_noise=noises[1],
         host_nbytes=host_nbytes(row, decision),
         method="" if known is None else known.method,
+        kept=f"{decision.keep}/{decision.block}" if decision.action is Action.SPARSIFY else "",
     )
 
 

@@ -36,7 +36,7 @@ _OWN: Mapping[tuple[object, str], str] = {
     (backend, "follow"): "plan",
     (backend, "found_plan"): "plan",
     (backend, "lower_codecs"): "own_lowering",
-    (backend, "start_compiling"): "own_lowering",
+    (backend, "start_compiling_bodies"): "own_lowering",
     (backend.records.GraphRecord, "finish"): "report",
     (passes, "verify"): "verify",
     (torch.fx.Graph, "lint"): "verify",

@@ -15,13 +15,21 @@ from .offload import offload_stored
 from .pack_masks import pack_masks
 from .place_codecs import place_codecs
 from .recompute import recompute_saved
+from .sparsify_linear import sparsify_linear
 from .verify import verify
 
 log = logging.getLogger(__name__)
 
 Pass = Callable[[GraphPair, Plan], None]
 
-PIPELINE: tuple[Pass, ...] = (recompute_saved, insert_codecs, pack_masks, place_codecs, offload_stored)
+PIPELINE: tuple[Pass, ...] = (
+    recompute_saved,
+    insert_codecs,
+    sparsify_linear,
+    pack_masks,
+    place_codecs,
+    offload_stored,
+)
 
 
 def run_passes(pair: GraphPair, plan: Plan, passes: tuple[Pass, ...] = PIPELINE) -> None:

@@ -49,7 +49,10 @@ class Slot:
 
 @dataclass
 class GraphPair:
-    """Forward and backward after the partition; saved tensors are matched by position, once, here."""
+    """Forward and backward after the partition; saved tensors are matched by position, once, here.
+
+    ``input_roles`` are those of the graph's inputs, whose gradients the backward returns in this order.
+    """
 
     forward: fx.GraphModule
     backward: fx.GraphModule
@@ -59,6 +62,7 @@ class GraphPair:
     symbol_placeholders: list[fx.Node]
     seed: fx.Node | None
     roles: dict[fx.Node, Role]
+    input_roles: Sequence[Role]
     descriptors: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
@@ -104,6 +108,7 @@ class GraphPair:
             symbol_placeholders=placeholders[:num_symbols],
             seed=_find_seed(forward) if Role.SEED in input_roles else None,
             roles=_placeholder_roles(forward, input_roles),
+            input_roles=input_roles,
             descriptors=descriptors,
         )
         pair.sync()

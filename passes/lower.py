@@ -5,6 +5,7 @@
                              per format, compiled once
     dequantize(codes, ...)   inside whatever reads it               inside whatever reads it, or its own kernel where
     unpack_bool(packed)      inside whatever reads it               libraries alone do
+    sparsify(x, ...), densify(index, ...), sparse_weight_grad(g, index, ...): compiled bodies, or kernels of their own
 
 Interpreted graphs keep the operators.
 """
@@ -29,18 +30,26 @@ from torch._library.utils import get_layout_constraint_tag
 
 from actcompile.plan import Plan
 
-from ..triton_kernels._compiled_cpu import Format  # quantize_compiled is defined there, too
+from ..triton_kernels._compiled_cpu import Format, start_compiling  # their operators are defined there, too
+from ..triton_kernels._compiled_topk import SparseFormat, start_compiling_sparse
 from ..triton_kernels._layout import storage_permutation
 from . import _fused_encoder
 from ._decoder_loops import decode_groups, unpack_mask
 from ._fx import GraphPair
 from ._views import ALIAS_OPS
-from .place_codecs import DECODERS
 
 aten = torch.ops.aten
 actcompile = torch.ops.actcompile
 
-_COMPILED_ON_CPU = {actcompile.quantize.default: actcompile.quantize_compiled.default}
+_COMPILED_ON_CPU = {
+    actcompile.quantize.default: actcompile.quantize_compiled.default,
+    actcompile.sparsify.default: actcompile.sparsify_compiled.default,
+    actcompile.densify.default: actcompile.densify_compiled.default,
+    actcompile.sparse_weight_grad.default: actcompile.sparse_weight_grad_compiled.default,
+}
+
+# Decoders that become part of what reads them.
+_FUSED_DECODERS = frozenset({actcompile.dequantize.default, actcompile.unpack_bool.default})
 
 # Calls of libraries that Inductor knows by lowerings of their own.
 _LIBRARY_CALLS = frozenset({aten.addmm.default, aten.baddbmm.default})
@@ -48,8 +57,8 @@ _LIBRARY_CALLS = frozenset({aten.addmm.default, aten.baddbmm.default})
 # Operators that stay opaque, or read what lies in memory with the strides that were traced. Inductor would get to know
 # each when it first meets it, and schedule the first graph of a process differently from all others.
 for _operator in (
-    actcompile.quantize.default,
-    actcompile.quantize_compiled.default,
+    *_COMPILED_ON_CPU,
+    *_COMPILED_ON_CPU.values(),
     actcompile.pack_bool.default,
     actcompile.quantized_weight_grad.default,
 ):
@@ -58,15 +67,15 @@ for _operator in (
 
 
 def lower_codecs(pair: GraphPair, plan: Plan) -> None:
-    """Points encoders on the CPU to their compiled bodies, and gives libraries on other devices decoders of their own.
+    """Points operators on the CPU to their compiled bodies, and gives libraries on other devices decoders of their own.
 
     What anything else reads would otherwise be decoded to memory for the library, and read there.
     """
-    for node in pair.forward.graph.nodes:
+    for node in (*pair.forward.graph.nodes, *pair.backward.graph.nodes):
         if node.target in _COMPILED_ON_CPU and node.args[0].meta["val"].device.type == "cpu":
             node.target = _COMPILED_ON_CPU[node.target]
     for node in list(pair.backward.graph.nodes):
-        if node.target in DECODERS and node.meta["val"].device.type != "cpu":
+        if node.target in _FUSED_DECODERS and node.meta["val"].device.type != "cpu":
             _split(node)
 
 
@@ -77,6 +86,17 @@ def _split(decoder: fx.Node) -> None:
             copy = decoder.graph.node_copy(decoder)
         for user in libraries:
             user.replace_input_with(decoder, copy)
+
+
+def start_compiling_bodies(pair: GraphPair) -> None:
+    """Compiles the bodies of operators on the CPU while the forward, which calls them first, is compiled."""
+    start_compiling(compiled_formats(pair))
+    start_compiling_sparse(_sparse_formats(pair))
+
+
+def _sparse_formats(pair: GraphPair) -> list[SparseFormat]:
+    encoders = pair.forward.graph.find_nodes(op="call_function", target=actcompile.sparsify_compiled.default)
+    return [(node.args[2], node.args[0].meta["val"].dtype) for node in encoders]
 
 
 def compiled_formats(pair: GraphPair) -> list[Format]:

@@ -26,9 +26,11 @@ from actcompile.plan import Plan
 
 from ._fx import GraphPair, body_anchor, tangent_dependent
 
-ENCODERS = frozenset({torch.ops.actcompile.quantize.default, torch.ops.actcompile.pack_bool.default})
-DECODERS = frozenset({torch.ops.actcompile.dequantize.default, torch.ops.actcompile.unpack_bool.default})
-OFFLOAD, RELOAD = torch.ops.actcompile.offload.default, torch.ops.actcompile.reload.default
+actcompile = torch.ops.actcompile
+
+ENCODERS = frozenset({actcompile.quantize.default, actcompile.sparsify.default, actcompile.pack_bool.default})
+DECODERS = frozenset({actcompile.dequantize.default, actcompile.densify.default, actcompile.unpack_bool.default})
+OFFLOAD, RELOAD = actcompile.offload.default, actcompile.reload.default
 _EARLY = ENCODERS | {OFFLOAD}
 
 # Users of a decoded tensor that lie further apart than this many nodes each get a decoding of their own.

@@ -13,6 +13,7 @@ from ._compiled_elements import Body, compile_body, num_threads
 from ._hash import mix_seed
 from ._layout import from_storage_order, to_storage_order
 from ._topk_sizes import POSITION_BITS, check_format, empty_parts, group_numel
+from .sparse_weight_grad import multiply_in_chunks, sparse_weight_grad_fake
 from .topk import densify_fake, sparsify_fake
 
 # Block and the dtype of what is pruned.
@@ -79,3 +80,23 @@ def densify_compiled(
 
 
 densify_compiled.register_fake(densify_fake)
+
+
+@torch.library.custom_op("actcompile::sparse_weight_grad_compiled", mutates_args=(), device_types="cpu")
+def sparse_weight_grad_compiled(
+    grad_out: Tensor,
+    index: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    keep: int,
+    block: int,
+    value_bits: int,
+    in_features: int,
+) -> Tensor:
+    """``sparse_weight_grad`` with the compiled body of ``densify``."""
+    stored = index, values, scale, zero
+    return multiply_in_chunks(densify_compiled, grad_out, stored, keep, block, value_bits, in_features)
+
+
+sparse_weight_grad_compiled.register_fake(sparse_weight_grad_fake)

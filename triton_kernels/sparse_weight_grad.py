@@ -17,6 +17,7 @@ Source: Back Razor (NeurIPS 2022), whose layers densify all of X; the chunks are
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -100,8 +101,21 @@ def sparse_weight_grad(
     in_features: int,
 ) -> Tensor:
     """``sparse_weight_grad_reference`` as an operator, on any device."""
-    check_operands(grad_out, index, values, zero, keep, block, value_bits, in_features)
-    parts = split_groups(index, values, scale, zero, keep, block, value_bits)
+    return multiply_in_chunks(densify, grad_out, (index, values, scale, zero), keep, block, value_bits, in_features)
+
+
+def multiply_in_chunks(
+    decode: Callable[..., Tensor],
+    grad_out: Tensor,
+    stored: tuple[Tensor, Tensor, Tensor, Tensor],
+    keep: int,
+    block: int,
+    value_bits: int,
+    in_features: int,
+) -> Tensor:
+    """The formula, with ``decode`` in the place of ``densify``."""
+    check_operands(grad_out, stored[0], stored[1], stored[3], keep, block, value_bits, in_features)
+    parts = split_groups(*stored, keep, block, value_bits)
     total = grad_out.new_zeros(grad_out.shape[1], in_features, dtype=torch.float32)
     # Rows that are whole groups.
     unit = group_numel(block) // math.gcd(group_numel(block), in_features)
@@ -110,14 +124,16 @@ def sparse_weight_grad(
         rows = grad_out[start : start + step]
         groups = slice(start * in_features // group_numel(block), num_groups((start + len(rows)) * in_features, block))
         chunk = [part[groups].reshape(-1) for part in parts]
-        shape, stride = (len(rows), in_features), (in_features, 1)
-        x = densify(*chunk, keep, block, value_bits, shape, stride, grad_out.dtype)
-        total.addmm_(rows.float().t(), x.float())
+        x = decode(*chunk, keep, block, value_bits, (len(rows), in_features), (in_features, 1), grad_out.dtype)
+        if x.is_cuda and x.dtype != torch.float32:
+            total += torch.mm(rows.t(), x, out_dtype=torch.float32)
+        else:
+            total.addmm_(rows.float().t(), x.float())
     return total.to(grad_out.dtype)
 
 
 @sparse_weight_grad.register_fake
-def _(
+def sparse_weight_grad_fake(
     grad_out: Tensor,
     index: Tensor,
     values: Tensor,
@@ -128,5 +144,6 @@ def _(
     value_bits: int,
     in_features: int,
 ) -> Tensor:
+    """Shape and dtype of ``sparse_weight_grad``'s result."""
     check_operands(grad_out, index, values, zero, keep, block, value_bits, in_features)
     return grad_out.new_empty(grad_out.shape[1], in_features)

@@ -475,3 +475,22 @@ def test_checkpoint_stays_a_constraint() -> None:
     model.zero_grad()
     function(x).backward()
     assert distance(got, gradients_of(model)) < 0.02
+
+
+@pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("make", [gpt, resnet])
+def test_a_sparsity_prunes_what_weight_gradients_alone_read(make: Callable[[], Task], lowering: str) -> None:
+    torch.manual_seed(0)
+    task = make()
+    exact = task.gradients()
+    options = {"sparsity": 0.8, "bits": 32, "recompute": "none", "lowering": lowering}
+    pruned = task.gradients(torch.compile(task.model, backend="act", options=options))
+    rows = actcompile.report(task.model).rows
+    assert {row.kept for row in rows if row.action == "sparsify"} == {"51/256"}
+    assert all(row.stored_nbytes < 0.14 * row.nbytes for row in rows if row.action == "sparsify")
+    assert {row.action for row in rows if row.counts} <= {"sparsify", "keep", "pack", "narrow"}
+    weights = [name for name in exact if relative_error({name: pruned[name]}, {name: exact[name]}) > 0.01]
+    # Gradients of inputs are exact, and so are those of whatever is no layer's weight.
+    assert len(weights) == len([row for row in rows if row.action == "sparsify"])
+    assert all(exact[name].dim() > 1 for name in weights)
+    assert cosine(pruned, exact) > 0.8

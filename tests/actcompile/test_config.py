@@ -24,8 +24,10 @@ REJECTED = [
     ({"group_size": 0}, ["a power of two from 32 to 4096", "0", "256 is the default"]),
     ({"group_size": 100}, ["a power of two", "100"]),
     ({"group_size": 256.0}, ["a power of two", "256.0"]),
+    ({"sparsity": 0.8, "plan": "plan.json"}, ["plan and sparsity"]),
+    ({"sparsity": True}, ["a share of dropped elements", "True"]),
     ({"sparsity": 1.2}, ["a share of dropped elements in [0, 1)", "1.2", "try 0.8"]),
-    ({"sparse_value_bits": 5}, ["sparse_value_bits must be 16, 8 or 4", "5"]),
+    ({"sparse_value_bits": 5}, ["sparse_value_bits must be one of 16, 8, 4", "5"]),
     ({"noise": 0}, ["noise must be a positive relative variance", "0", "try 0.01"]),
     ({"min_numel": -1}, ["min_numel must be an integer from 0 up", "-1"]),
     ({"profile_every": 0}, ["profile_every must be an integer from 1 up", "0"]),
@@ -57,12 +59,13 @@ def test_rejected(settings: dict[str, object], parts: list[str]) -> None:
         assert part in str(found.value)
 
 
-@pytest.mark.parametrize("name", ["sparsity"])
-def test_what_is_not_there_yet_says_so(name: str) -> None:
-    value = {"sparsity": 0.8}[name]
-    with pytest.raises(ConfigError, match=f"{name} is not available in this release") as found:
-        Config(**{name: value})  # type: ignore[arg-type]
-    assert repr(value) in str(found.value)
+def test_a_sparsity_prunes_blocks_to_their_share() -> None:
+    assert Config().prunings == ()
+    assert Config(sparsity=0.8).prunings == ((51, 256, 16),)
+    assert Config(sparsity=0.9, sparse_value_bits=4).prunings == ((26, 256, 4),)
+    assert Config(sparsity=0.8, auto=True).prunings == ((51, 256, 4), (51, 256, 8), (51, 256, 16))
+    assert len(Config(auto=True).prunings) > 3
+    assert Config(sparsity=0.8, bits=32).lossy
 
 
 def test_default_is_4_bits() -> None:

@@ -82,7 +82,7 @@ def test_merged() -> None:
         ("", "must be a complete JSON file"),
         ("[1, 2]", "must be a file written by plan.save"),
         ('{"format": "something", "version": 1}', "must be a file written by plan.save"),
-        (PLAN.to_json().replace('"version": 2', '"version": 99'), "version 99"),
+        (PLAN.to_json().replace('"version": 3', '"version": 99'), "version 99"),
         (PLAN.to_json().replace('"quantize"', '"squash"'), "holds a decision that cannot be read"),
         (PLAN.to_json().replace('"int16"', '"int17"'), "holds a decision that cannot be read"),
         (json.dumps({"format": "actcompile plan", "version": 1}), "holds a decision that cannot be read"),

@@ -1,0 +1,137 @@
+"""Which products of a backward graph are gradients of weights, and of which saved tensor.
+
+    mm(permute(g), x)              [N, M] x [M, K]: a layer that keeps its weight as [N, K], with or without a bias
+    mm(permute(x), g)              [K, M] x [M, N]: one that keeps it as [K, N]
+    bmm(permute(g), x)             the same with one batch, as einsum writes it
+    sum(bmm(permute(g), x), [0])   the same for each sample and then summed, as a batched product with expanded weights
+                                   writes it: nothing needs the gradients of the samples
+    convolution_backward(g, x, w)  its gradient of the weight; that of the input reads no values of x
+
+Other products look alike, as attention's do. These count whose result, in other dimensions or dtypes, scaled, or summed
+with others, is the gradient of a parameter.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from actcompile.plan import Role
+
+from ._fx import GraphPair, graph_outputs, tangent_dependent
+from ._views import VALUE_PRESERVING_OPS
+
+aten = torch.ops.aten
+
+_PRODUCTS = frozenset({aten.mm.default, aten.bmm.default})
+_CONVOLUTION = aten.convolution_backward.default
+_SUMS = frozenset({aten.sum.dim_IntList, aten.sum.default})
+
+# What may lie between a weight's gradient and the result of the backward: it is linear.
+_CARRIERS = (
+    VALUE_PRESERVING_OPS
+    | _SUMS
+    | {
+        torch.ops.prims.convert_element_type.default,
+        aten.add.Tensor,
+        aten.cat.default,
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.slice_scatter.default,
+        aten.select_scatter.default,
+    }
+)
+
+
+@dataclass(frozen=True)
+class WeightGrad:
+    """One gradient of a weight.
+
+    Args:
+        node: Computes it: the product, or the sum over samples behind it.
+        x: What it reads of the layer's input.
+        grad_out: The other operand of a product; of a convolution, the gradient of its output.
+        is_left: Whether ``x`` is the first operand of a product, so that the result is [K, N].
+    """
+
+    node: fx.Node
+    x: fx.Node
+    grad_out: fx.Node
+    is_left: bool = False
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it is no convolution's."""
+        return self.node.target is not _CONVOLUTION
+
+
+class WeightGrads:
+    """The gradients of weights in the backward of one pair of graphs."""
+
+    def __init__(self, pair: GraphPair) -> None:
+        graph = pair.backward.graph
+        self._dependent = tangent_dependent(graph)
+        roles = dict(zip(range(len(pair.input_roles)), pair.input_roles, strict=True))
+        self._results: dict[fx.Node, set[Role | None]] = {}
+        for position, node in enumerate(graph_outputs(graph)):
+            if isinstance(node, fx.Node):
+                self._results.setdefault(node, set()).add(roles.get(position))
+
+    def of(self, value: fx.Node) -> list[WeightGrad]:
+        """All that reads ``value``, if that is gradients of weights alone; else nothing."""
+        views, found = [value], []
+        for view in views:
+            for user in view.users:
+                if user.target in VALUE_PRESERVING_OPS and user not in self._dependent:
+                    views.append(user)
+                    continue
+                gradient = self._gradient(user, view)
+                if gradient is None:
+                    return []
+                found.append(gradient)
+        return found
+
+    def _gradient(self, user: fx.Node, x: fx.Node) -> WeightGrad | None:
+        if user.target is _CONVOLUTION:
+            is_input = user.args[1] is x and x not in (user.args[0], user.args[2])
+            weights = [item for item in user.users if item.args[1] == 1]
+            is_mine = is_input and all(map(self._is_result, weights))
+            return WeightGrad(user, x, user.all_input_nodes[0]) if is_mine else None
+        if user.target not in _PRODUCTS:
+            return None
+        left, right = user.args
+        other = right if left is x else left
+        if not isinstance(other, fx.Node) or other is x or other not in self._dependent:
+            return None
+        node = _summed(user)
+        return WeightGrad(node, x, other, left is x) if self._is_result(node) else None
+
+    def _is_result(self, gradient: fx.Node) -> bool:
+        """Whether all that ``gradient`` reaches are gradients of parameters."""
+        pending, seen = [gradient], set()
+        while pending:
+            node = pending.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if not self._results.get(node, set()) <= {Role.PARAMETER}:
+                return False
+            for user in node.users:
+                if user.op != "output":
+                    if user.target not in _CARRIERS and not _is_scaling(user):
+                        return False
+                    pending.append(user)
+        return True
+
+
+def _is_scaling(node: fx.Node) -> bool:
+    return node.target in (aten.mul.Tensor, aten.div.Tensor) and len(node.all_input_nodes) == 1
+
+
+def _summed(product: fx.Node) -> fx.Node:
+    """The sum over samples of a batched product, if nothing else reads it; else the product."""
+    users = list(product.users)
+    is_batched = product.target is aten.bmm.default and len(users) == 1
+    if is_batched and users[0].target is aten.sum.dim_IntList and users[0].args[1] == [0]:
+        return users[0]
+    return product
