@@ -81,17 +81,18 @@ def analyze(pair: GraphPair) -> list[SavedTensor]:
     gradients = _reached_gradients(pair.backward.graph, order)
     returned = {storage(node) for node in pair.user_outputs if isinstance(node, fx.Node)}
     weights, keys = WeightGrads(pair), {slot.source: slot.key for slot in pair.slots}
-    return [
-        replace(
-            _describe(pair, slot, len(gradients[slot.placeholder]), returned),
-            recomputation=_recomputation(slot, keys),
-            is_layer_input=bool(weights.of(slot.placeholder)),
-        )
-        for slot in pair.slots
-    ]
+    rows = []
+    for slot in pair.slots:
+        readers, row = weights.of(slot.placeholder), _describe(pair, slot, returned)
+        # One operator may yield several gradients, not all of which read this.
+        is_leaf = len(gradients[slot.placeholder]) == 1 or len(readers) == 1
+        kind = "leaf" if is_leaf else "path"
+        recomputation = _recomputation(slot, keys)
+        rows.append(replace(row, kind=kind, is_layer_input=bool(readers), recomputation=recomputation))
+    return rows
 
 
-def _describe(pair: GraphPair, slot: Slot, num_gradients: int, returned: set[fx.Node]) -> SavedTensor:
+def _describe(pair: GraphPair, slot: Slot, returned: set[fx.Node]) -> SavedTensor:
     source, value = slot.source, slot.source.meta["val"]
     role = pair.roles[source] if source.op == "placeholder" else Role.ACTIVATION
     root = storage(source)
@@ -109,7 +110,6 @@ def _describe(pair: GraphPair, slot: Slot, num_gradients: int, returned: set[fx.
         numel=hint(value.numel()),
         nbytes=hint(value.numel()) * value.element_size(),
         role=role,
-        kind="leaf" if num_gradients == 1 else "path",
         index_range=_index_range(value_chain(source)[-1]),
         obstacle=_obstacle(pair, slot, role, root in returned),
         movable=role in (Role.ACTIVATION, Role.BOUNDARY)

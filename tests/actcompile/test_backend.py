@@ -478,8 +478,10 @@ def test_checkpoint_stays_a_constraint() -> None:
 
 
 @pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("make", [gpt, resnet])
-def test_a_sparsity_prunes_what_weight_gradients_alone_read(make: Callable[[], Task], lowering: str) -> None:
+@pytest.mark.parametrize(("make", "num_weights"), [(gpt, 9), (resnet, 5)])
+def test_a_sparsity_prunes_what_weight_gradients_alone_read(
+    make: Callable[[], Task], num_weights: int, lowering: str
+) -> None:
     torch.manual_seed(0)
     task = make()
     exact = task.gradients()
@@ -489,8 +491,9 @@ def test_a_sparsity_prunes_what_weight_gradients_alone_read(make: Callable[[], T
     assert {row.kept for row in rows if row.action == "sparsify"} == {"51/256"}
     assert all(row.stored_nbytes < 0.14 * row.nbytes for row in rows if row.action == "sparsify")
     assert {row.action for row in rows if row.counts} <= {"sparsify", "keep", "pack", "narrow"}
-    weights = [name for name in exact if relative_error({name: pruned[name]}, {name: exact[name]}) > 0.01]
     # Gradients of inputs are exact, and so are those of whatever is no layer's weight.
-    assert len(weights) == len([row for row in rows if row.action == "sparsify"])
-    assert all(exact[name].dim() > 1 for name in weights)
+    largest = max(gradient.norm() for gradient in exact.values())
+    changed = [name for name in exact if (pruned[name] - exact[name]).norm() > 1e-4 * largest]
+    assert len(changed) == num_weights
+    assert all(exact[name].dim() > 1 for name in changed)
     assert cosine(pruned, exact) > 0.8
