@@ -117,7 +117,7 @@ def row_norms(x: Tensor) -> Tensor:
             torch.linalg.vector_norm(chunk, 2, 1, dtype=torch.float32).maximum(
                 chunk.amax(1).maximum(-chunk.amin(1)).float()
             )
-            for chunk in x.split(max(CHUNK_NUMEL // x.shape[1], 1))
+            for chunk in torch.split(x, max(CHUNK_NUMEL // x.shape[1], 1))
         ]
     )
 

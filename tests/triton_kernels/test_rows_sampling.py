@@ -88,6 +88,12 @@ def test_counts_and_shares(name: str, rows: int) -> None:
             assert torch.equal(weight, expected)
 
 
+@pytest.mark.parametrize("name", ["equal", "denormals", "largest numbers", "inf throughout"])
+def test_equal_norms_have_equal_chances(name: str) -> None:
+    p = inclusion_probability(NORMS[name](1000), 70)
+    torch.testing.assert_close(p, torch.full_like(p, 0.07), rtol=0, atol=2.0 ** (22 - ONE_BITS))
+
+
 @pytest.mark.parametrize("name", ["equal, not a binary fraction", "heavy tail", "all exponents", "one huge"])
 def test_most_rows(name: str) -> None:
     norm = NORMS[name](MAX_ROWS)
