@@ -9,9 +9,13 @@ GB/s are bytes of the exact tensor per second, whatever is read and written for 
 ``--parts weight_grad`` compares products that decode in registers with "decode, then multiply" on a CUDA device, for
 layers of GPTs from 768 to 4096 wide. Its times have a file of their own, with the columns of the table that the package
 ships; ``--ship`` adds them to that table.
+
+``--parts rows`` compares weight gradients from sampled rows with the dense product, sampling included; in a file of its
+own, too.
 """
 
 import argparse
+import functools
 import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +31,7 @@ from actcompile.meter import measure_steps
 from actcompile.triton_kernels import _compiled_topk  # noqa: F401  defines the compiled operators
 from actcompile.triton_kernels import _weight_grad_times as weight_grad_times
 from actcompile.triton_kernels.quantize import PLANES
+from actcompile.triton_kernels.rows import sampled_nbytes
 
 from .harness import MIB, append_row, pick_device
 
@@ -45,6 +50,10 @@ LAYERS = [
 
 # Elements kept of each block, bits of their values.
 PRUNED = [(51, 256, 16), (51, 256, 8), (2, 16, 4)]
+
+# Rows, out_features, in_features of layers whose rows are sampled, and the share of rows that is kept.
+SAMPLED = [(TOKENS, 512, 512), (TOKENS, 2048, 512)]
+SHARE = 0.3
 
 Runs = dict[str, Callable[[], object]]
 
@@ -166,11 +175,39 @@ def weight_grad_rows(dtypes: Sequence[str], widths: Sequence[int], ships: bool) 
         yield {**row, "speedup": round(times.apart_ms / times.inside_ms, 3)}
 
 
+def sampling_rows(dtypes: Sequence[str], rounds: int) -> Iterator[dict[str, Any]]:
+    """Best times of weight gradients from sampled rows, of the sampling and of the dense product, one row each."""
+    device = pick_device()
+    seed = torch.tensor(7, device=device)
+    for (rows, out_features, in_features), dtype in itertools.product(SAMPLED, dtypes):
+        x = torch.randn(rows, in_features, device=device).to(DTYPES[dtype])
+        grad_out = torch.randn(rows, out_features, device=device).to(DTYPES[dtype])
+        num_rows = round(SHARE * rows)
+        sampled = OPS.sample_rows(x, None, num_rows, seed, 3)
+        runs: Runs = {
+            "dense_ms": functools.partial(torch.mm, grad_out.t(), x),
+            "sample_ms": functools.partial(OPS.sample_rows, x, None, num_rows, seed, 3),
+            "product_ms": functools.partial(OPS.sampled_weight_grad, grad_out, *sampled),
+        }
+        measure_steps(runs, 2)
+        best = {name: round(min(times), 4) for name, times in measure_steps(runs, rounds).items()}
+        row = {"dtype": dtype, "rows": rows, "out_features": out_features, "in_features": in_features}
+        row |= {
+            "num_rows": num_rows,
+            "stored_ratio": round(sampled_nbytes(num_rows, in_features, x.dtype) / x.nbytes, 4),
+        }
+        row |= {**best, "speedup": round(best["dense_ms"] / (best["sample_ms"] + best["product_ms"]), 3)}
+        append_row("kernels_rows", {**row, "rounds": rounds})
+        yield row
+
+
 def main() -> None:
     """Measures, appends rows and prints the table."""
     parser = argparse.ArgumentParser("python -m bench.kernels", description=__doc__)
     parts = ["codecs", "masks", "neighbours", "pruning"]
-    parser.add_argument("--parts", nargs="+", choices=[*parts, "weight_grad"], default=parts, help="what to measure")
+    parser.add_argument(
+        "--parts", nargs="+", choices=[*parts, "rows", "weight_grad"], default=parts, help="what to measure"
+    )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the tensors")
     parser.add_argument("--bits", type=int, nargs="+", choices=PLANES, default=list(PLANES), help="of the codes")
     large = 1024 if pick_device().type == "cuda" else 64
@@ -189,6 +226,8 @@ def main() -> None:
         if "weight_grad" in options.parts:
             gradients = list(weight_grad_rows(options.dtypes, options.bits, options.ship))
             print(tabulate(gradients, headers="keys"))
+        if "rows" in options.parts:
+            print(tabulate(list(sampling_rows(options.dtypes, options.rounds)), headers="keys"))
     print(tabulate(table, headers="keys"))
 
 

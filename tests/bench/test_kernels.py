@@ -1,4 +1,4 @@
-"""bench.kernels: rows of weight gradients, with times made up."""
+"""bench.kernels: rows of weight gradients, with times made up, and of sampled ones, with small operands."""
 
 from pathlib import Path
 
@@ -32,3 +32,11 @@ def test_rows_of_weight_gradients(ships: bool, monkeypatch: pytest.MonkeyPatch, 
     assert rows[1]["rows"] == 8192 and rows[1]["bits"] == 4 and rows[1]["speedup"] == 1.5
     assert len((tmp_path / "kernels_weight_grad.csv").read_text().splitlines()) == 1 + len(rows)
     assert len(weight_grad_times.read_table(weight_grad_times.SHIPPED)) == (len(rows) if ships else 0)
+
+
+def test_rows_of_sampled_gradients(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(kernels, "SAMPLED", [(100, 16, 8)])
+    (row,) = kernels.sampling_rows(["float32"], 2)
+    assert (row["num_rows"], row["stored_ratio"]) == (30, 0.375)
+    assert min(row["dense_ms"], row["sample_ms"], row["product_ms"], row["speedup"]) > 0
+    assert len((tmp_path / "kernels_rows.csv").read_text().splitlines()) == 2
