@@ -1,17 +1,19 @@
 """What rounding each saved tensor adds to the gradient of one backward, or of one on a part of the batch."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
+from ._dropped import Dropped
+from ._pruned import pruned_noise
 from ._slices import Groups
 from ._sweep import Sweep
 from .config import CODE_BITS
 from .passes._fx import graph_outputs
-from .plan import Sensitivity
+from .plan import Pruning, Sensitivity
 from .triton_kernels._hash import mix_seed
 from .triton_kernels.pack_bool import packed_nbytes
 
@@ -28,11 +30,13 @@ class Rounding:
         variance: Of an element's noise, the mean over each group, at every width: [num_groups, len(CODE_BITS)].
         bits: Of the codes that are stored now.
         groups: Those of the elements that are read.
+        dropped: What pruning would drop, where that is asked for.
     """
 
     variance: Tensor
     bits: int
     groups: Groups
+    dropped: Dropped | None = None
 
     def weigh(self, cotangent: Tensor) -> list[float]:
         """For every width, the sum over all elements of the noise's variance times the cotangent's square."""
@@ -50,6 +54,8 @@ def measure(
     keys: Mapping[fx.Node, str],
     roundings: Mapping[str, Rounding],
     seed: int,
+    prunings: Sequence[Pruning] = (),
+    layer_inputs: Container[str] = (),
 ) -> dict[str, Sensitivity]:
     """Sensitivities by row key; needs ``run_and_keep`` or ``keep`` before it.
 
@@ -59,8 +65,10 @@ def measure(
         keys: Row keys of the leaves of ``sweep``; a tensor that is decoded twice has two.
         roundings: By row key.
         seed: Of the random direction.
+        prunings: Measured, too, where a product through the backward reaches the tensor.
+        layer_inputs: Keys of the tensors whose bias when pruned is known otherwise.
     """
-    products = _Products(keys, roundings)
+    products = _Products(keys, roundings, sweep.readers, prunings, layer_inputs)
     unknown: set[str] = set()
     try:
         sweep.pull_back(targets, lambda node, value: draw(value, mix_seed(seed, targets[node])), products.see)
@@ -110,12 +118,24 @@ def _perturbed(
 class _Products:
     """Sums up the cotangents of each tensor, and weighs their squares once all of them are there."""
 
-    def __init__(self, keys: Mapping[fx.Node, str], roundings: Mapping[str, Rounding]) -> None:
+    def __init__(
+        self,
+        keys: Mapping[fx.Node, str],
+        roundings: Mapping[str, Rounding],
+        readers: Mapping[fx.Node, Callable[[], Tensor]],
+        prunings: Sequence[Pruning],
+        layer_inputs: Container[str],
+    ) -> None:
         self._keys = keys
         self._roundings = roundings
+        self._prunings = prunings
+        self._layer_inputs = layer_inputs
+        # Several decodings of a tensor give the same.
+        self._readers = {key: readers[node] for node, key in keys.items()}
         self._pending = {key: list(keys.values()).count(key) for key in keys.values()}
         self._sums: dict[str, Tensor] = {}
         self._variances: dict[str, list[float]] = {}
+        self._pruned: dict[str, dict[Pruning, float]] = {}
 
     def see(self, node: fx.Node, cotangent: Tensor) -> None:
         """Takes one decoding's cotangent; a tensor that is decoded twice has their sum."""
@@ -131,9 +151,18 @@ class _Products:
             self._finish(key)
         nothing = [0.0] * len(CODE_BITS)
         return {
-            key: Sensitivity(dict(zip(CODE_BITS, self._variances.get(key, nothing), strict=True)), "probed")
+            key: Sensitivity(
+                dict(zip(CODE_BITS, self._variances.get(key, nothing), strict=True)),
+                "probed",
+                pruned=self._pruned.get(key, dict.fromkeys(self._prunings, 0.0)),
+            )
             for key in self._pending
         }
 
     def _finish(self, key: str) -> None:
-        self._variances[key] = self._roundings[key].weigh(self._sums.pop(key))
+        cotangent = self._sums.pop(key)
+        self._variances[key] = self._roundings[key].weigh(cotangent)
+        dropped = self._roundings[key].dropped
+        if dropped is not None and self._prunings:
+            value, is_layer_input = self._readers[key](), key in self._layer_inputs
+            self._pruned[key] = pruned_noise(value, cotangent, dropped, self._prunings, is_layer_input)

@@ -21,6 +21,13 @@ from ._tiles import call_node, find_tilings, ordered, run_graph
 from .passes._fx import graph_outputs, is_tensor
 from .passes.place_codecs import DECODERS
 
+# Takes a node that is about to run, and the values that it reads.
+See = Callable[[fx.Node, Mapping[fx.Node, Any]], None]
+
+
+def _ignore(node: fx.Node, values: Mapping[fx.Node, Any]) -> None:
+    """Sees nothing."""
+
 
 class Sweep:
     """A backward graph that is differentiated by the nodes ``leaves``, which every segment that reads them reads anew.
@@ -80,12 +87,20 @@ class Sweep:
         (value,) = self._run([one for one in self.nodes if one in needed], [node], frozenset(), {})
         return value
 
-    def run_last(self) -> list[Any]:
-        """The results of the graph; lets go of its arguments meanwhile, so that nothing can run behind it."""
+    def run_last(self, see: See = _ignore) -> list[Any]:
+        """The results of the graph; lets go of its arguments meanwhile, so that nothing can run behind it.
+
+        ``see`` takes every node that runs by itself, with the values it reads, right before.
+        """
+
+        def evaluate(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+            see(node, values)
+            return call_node(node, values)
+
         values, self._arguments, self.readers = self._arguments, {}, {}
         pieces = find_tilings(self.nodes) if self._is_tiled else self.nodes
         with torch.no_grad():
-            return run_graph(pieces, graph_outputs(self.graph), values, None, call_node)
+            return run_graph(pieces, graph_outputs(self.graph), values, None, evaluate)
 
     def note_readers(self) -> None:
         """Notes how to read what is stored in codes, as running the graph does."""
@@ -98,9 +113,9 @@ class Sweep:
                 # Sizes that are computed.
                 values[node] = call_node(node, values)
 
-    def run_and_keep(self) -> list[Any]:
-        """The results of the graph; keeps what ``pull_back`` starts from."""
-        return self._run(self.nodes, graph_outputs(self.graph), self._crossing(), {})
+    def run_and_keep(self, see: See = _ignore) -> list[Any]:
+        """The results of the graph; keeps what ``pull_back`` starts from. ``see`` is as in ``run_last``."""
+        return self._run(self.nodes, graph_outputs(self.graph), self._crossing(), {}, see)
 
     def keep(self) -> None:
         """Keeps what ``pull_back`` starts from, and computes only that; how to read the leaves has to be given."""
@@ -121,8 +136,10 @@ class Sweep:
         results: Sequence[Any],
         kept: frozenset[fx.Node],
         change: Mapping[fx.Node, Callable[[Tensor], Tensor]],
+        see: See = _ignore,
     ) -> list[Any]:
         def evaluate(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+            see(node, values)
             if (node in self.leaves or node.target in DECODERS) and node not in self.readers:
                 args = fx.node.map_arg(node.args, values.__getitem__)
                 self.readers[node] = functools.partial(node.target, *args)  # type: ignore[arg-type, operator, misc]

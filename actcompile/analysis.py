@@ -80,7 +80,7 @@ def analyze(pair: GraphPair) -> list[SavedTensor]:
     order = {node: position for position, node in enumerate(pair.backward.graph.nodes)}
     gradients = _reached_gradients(pair.backward.graph, order)
     returned = {storage(node) for node in pair.user_outputs if isinstance(node, fx.Node)}
-    weights, keys = WeightGrads(pair), {slot.source: slot.key for slot in pair.slots}
+    weights, keys = WeightGrads(pair.backward.graph, pair.input_roles), {slot.source: slot.key for slot in pair.slots}
     rows = []
     for slot in pair.slots:
         readers, row = weights.of(slot.placeholder), _describe(pair, slot, returned)

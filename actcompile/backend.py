@@ -150,7 +150,7 @@ class Probed:
         compile_with: Callable[[Plan | None, Interpret | None], Callable[..., Any]],
         interpret: Interpret | None,
     ) -> None:
-        self._probe = record.probe = Probe(record.roles)
+        self._probe = record.probe = Probe(record.roles, prunings=record.config.prunings)
         self._record = record
         self._reenter = reentrant_tracing()
         self._interpreted = compile_with(None, self._probe.interpret)

@@ -22,9 +22,7 @@ SPARSE_BLOCK = 256
 PRUNINGS = (
     Pruning(2, 16, 4),
     Pruning(2, 16, 8),
-    Pruning(3, 16, 4),
     Pruning(51, SPARSE_BLOCK, 4),
-    Pruning(2, 16, 16),
     Pruning(51, SPARSE_BLOCK, 8),
 )
 

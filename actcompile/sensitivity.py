@@ -24,14 +24,16 @@ import functools
 import logging
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from ._batch import find_batch
+from ._dropped import GROUP, Dropped, dropped_moments, shapes_of
 from ._measure import Rounding, measure
+from ._pruned import WeightBiases
 from ._slices import Groups, Layout, Part, SlicedBackward, cut, decode, samples_meet, slice_backward
 from ._sweep import Sweep
 from ._tiles import call_node, find_tilings, ordered, run_graph
@@ -40,7 +42,7 @@ from .config import CODE_BITS
 from .distributed import num_ranks
 from .passes._fx import ROW_KEY, GraphPair, graph_outputs, is_tensor
 from .passes.place_codecs import DECODERS
-from .plan import Profile, Role, Sensitivity
+from .plan import Profile, Pruning, Role, Sensitivity
 from .triton_kernels._chunked import rounding_variance
 from .triton_kernels._hash import mix_seed
 
@@ -65,15 +67,18 @@ class Probe:
     Args:
         roles: Roles of the inputs of the graph; gradients of parameters count, and those handed to earlier graphs.
         seed: Of the random directions; no generator of torch's is drawn from.
+        prunings: What tensors may be pruned to.
     """
 
-    def __init__(self, roles: Sequence[Role], seed: int = 0) -> None:
+    def __init__(self, roles: Sequence[Role], seed: int = 0, prunings: Sequence[Pruning] = ()) -> None:
         self.profile: Profile | None = None
         self.is_armed = True
         self.saw_finite = True
         self._roles = roles
         self._seed = seed
+        self._prunings = prunings
         self._rounding: dict[str, Tensor] = {}
+        self._dropped: dict[str, Tensor] = {}
         self._pair: GraphPair | None = None
         self._nbytes = 0
 
@@ -111,6 +116,8 @@ class Probe:
             # bf16: the sum over many groups is what counts.
             noise = rounding_variance(values[node.args[0]], CODE_BITS, node.args[2])  # type: ignore[index, arg-type]
             self._rounding[node.meta[ROW_KEY]] = noise.bfloat16()
+            if self._prunings:
+                self._dropped[node.meta[ROW_KEY]] = dropped_moments(values[node.args[0]], shapes_of(self._prunings))  # type: ignore[index]
         return call_node(node, values)
 
     def _backward(self, graph: fx.GraphModule, args: list[Any]) -> Any:
@@ -123,14 +130,20 @@ class Probe:
         if sliced is None:
             whole = _sweep_of(graph.graph, is_short=True)
             whole.feed(arguments)
-            results = whole.run_and_keep()
-            sensitivities = _measure(whole, counted, self._roundings(whole, _readers(whole)), mix_seed(self._seed, 0))
+        biases = WeightBiases(graph.graph, self._roles, _keys(whole), self._prunings)
+        if sliced is None:
+            results = whole.run_and_keep(biases.see)
+            roundings = self._roundings(whole, _readers(whole))
+            pruning = self._prunings, biases.squares
+            sensitivities = _measure(whole, counted, roundings, mix_seed(self._seed, 0), *pruning)
         else:
             whole.note_readers()
-            sensitivities = self._sum_over_parts(sliced, whole, arguments, counted)
+            sensitivities = self._sum_over_parts(sliced, whole, arguments, counted, biases.squares)
             # What was saved is let go while the backward runs, as in compiled code.
-            results = whole.run_last()
+            results = whole.run_last(biases.see)
+        sensitivities = biases.added_to(sensitivities)
         self._rounding.clear()
+        self._dropped.clear()
         square = sum(float(results[position].float().square().sum()) for position in counted)
         self.saw_finite = math.isfinite(square)
         if not self.saw_finite and num_ranks() == 1:
@@ -170,7 +183,12 @@ class Probe:
         return None if count == 1 else slice_backward(self._pair, size, dims, count)
 
     def _sum_over_parts(
-        self, sliced: SlicedBackward, whole: Sweep, arguments: Mapping[fx.Node, Any], counted: Sequence[int]
+        self,
+        sliced: SlicedBackward,
+        whole: Sweep,
+        arguments: Mapping[fx.Node, Any],
+        counted: Sequence[int],
+        layer_inputs: Container[str],
     ) -> dict[str, Sensitivity]:
         """Sensitivities over the samples of the first parts of the batch, scaled to all of them."""
         sweep, readers, dims = _sweep_of(sliced.graph, is_tiled=False), _readers(whole), sliced.dims
@@ -193,7 +211,7 @@ class Probe:
                     reading[leaf] = functools.partial(_read_with_noise, reading[leaf], roundings[key], salt)
             sweep.feed(values, reading)
             sweep.keep()
-            return _measure(sweep, counted, roundings, seed)
+            return _measure(sweep, counted, roundings, seed, () if is_noisy else self._prunings, layer_inputs)
 
         num_parts, num_noisy = (math.ceil(share * sliced.count) for share in (_SHARE, _NOISY_SHARE))
         scale = _scale(whole, sliced, num_parts)
@@ -203,7 +221,8 @@ class Probe:
         for key, first in exact[0].items():
             noises = {bits: scale * sum(one[key].variance[bits] for one in exact) for bits in CODE_BITS}
             ratio = _ratio([one[key] for one in noisy], [one[key] for one in exact[:num_noisy]])
-            found[key] = Sensitivity(noises, first.method, _excess(noises[_FEW_BITS], ratio))
+            pruned = {pruning: scale * sum(one[key].pruned[pruning] for one in exact) for pruning in first.pruned}
+            found[key] = Sensitivity(noises, first.method, _excess(noises[_FEW_BITS], ratio), pruned)
         return found
 
     def _roundings(
@@ -219,7 +238,10 @@ class Probe:
             _, _, _, bits, group_size, shape, stride, _ = readers[leaf.name].args
             layout, dim = Layout(tuple(shape), tuple(stride)), None if dims is None else dims[leaf.name]
             key = leaf.meta[ROW_KEY]
-            found[key] = Rounding(self._rounding[key], bits, Groups(layout, group_size, dim, part))
+            moments, dropped = self._dropped.get(key), None
+            if moments is not None:
+                dropped = Dropped(moments, shapes_of(self._prunings), Groups(layout, GROUP, dim, part))
+            found[key] = Rounding(self._rounding[key], bits, Groups(layout, group_size, dim, part), dropped)
         return found
 
 
@@ -234,11 +256,21 @@ def _scale(whole: Sweep, sliced: SlicedBackward, num_parts: int) -> float:
 
 
 def _measure(
-    sweep: Sweep, counted: Sequence[int], roundings: Mapping[str, Rounding], seed: int
+    sweep: Sweep,
+    counted: Sequence[int],
+    roundings: Mapping[str, Rounding],
+    seed: int,
+    prunings: Sequence[Pruning],
+    layer_inputs: Container[str],
 ) -> dict[str, Sensitivity]:
     outputs = graph_outputs(sweep.graph)
-    keys = {leaf: leaf.meta[ROW_KEY] for leaf in sweep.leaves}
-    return measure(sweep, {outputs[position]: position for position in counted}, keys, roundings, seed)
+    targets = {outputs[position]: position for position in counted}
+    return measure(sweep, targets, _keys(sweep), roundings, seed, prunings, layer_inputs)
+
+
+def _keys(sweep: Sweep) -> dict[fx.Node, str]:
+    """Row keys of the leaves."""
+    return {leaf: leaf.meta[ROW_KEY] for leaf in sweep.leaves}
 
 
 def _read_with_noise(read: Callable[[], Tensor], rounding: Rounding, seed: int) -> Tensor:

@@ -15,26 +15,14 @@ from tabulate import tabulate
 
 from actcompile import Config
 from actcompile.config import EXACT_BITS
-from actcompile.plan import Action, Decision, SavedTensor
-from actcompile.planner import ProbedGraph, make_plan, solve, stored_nbytes
+from actcompile.planner import ProbedGraph, make_plan, solve
 
 from . import gact_rule
-from .cases import GROUP_SIZE, SIZES, Case, code_bits, mean_noise, predicted, prepare
+from .cases import SIZES, Case, mean_noise, predicted, prepare, ways_nbytes, ways_of
 from .harness import RESULTS, append_row, read_rows
 
 AVERAGES = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 METHODS = ("uniform", "auto", "gact")
-
-
-def bits_nbytes(rows: Sequence[SavedTensor], bits: Mapping[str, int]) -> int:
-    """Bytes stored for ``rows`` with so many bits, scales and zero points included; those not named stay exact."""
-    return sum(stored_nbytes(row, _decision(bits.get(row.key, EXACT_BITS))) for row in rows)
-
-
-def _decision(bits: int) -> Decision:
-    if bits == EXACT_BITS:
-        return Decision(Action.KEEP, "measured")
-    return Decision(Action.QUANTIZE, "measured", bits=bits, group_size=GROUP_SIZE)
 
 
 def measure_plans(case: Case, averages: Sequence[float], methods: Sequence[str], draws: int) -> None:
@@ -47,25 +35,25 @@ def measure_plans(case: Case, averages: Sequence[float], methods: Sequence[str],
     for average in averages:
         config = Config(bits=average, auto=True)
         (automatic,) = solve([ProbedGraph(rows, profile)], config)
-        chosen = {"auto": code_bits(automatic), "uniform": code_bits(make_plan(rows, config))}
-        budget = bits_nbytes(rounded, chosen["auto"])
+        chosen = {"auto": ways_of(automatic), "uniform": ways_of(make_plan(rows, config))}
+        budget = ways_nbytes(rounded, chosen["auto"])
         if "gact" in methods:
             chosen["gact"] = gact_rule.allocate(
-                sensitivity, numels, lambda bits, budget=budget: bits_nbytes(rounded, bits) <= budget
+                sensitivity, numels, lambda bits, budget=budget: ways_nbytes(rounded, bits) <= budget
             )
         for method in methods:
-            bits = {key: width for key, width in chosen[method].items() if width < EXACT_BITS}
-            mean, error, drawn = mean_noise(functools.partial(replay.noise, bits), draws)
+            ways = {key: way for key, way in chosen[method].items() if way != EXACT_BITS}
+            mean, error, drawn = mean_noise(functools.partial(replay.noise, ways), draws)
             row = {
                 "model": case.name,
                 "average_bits": average,
                 "method": method,
-                "nbytes": bits_nbytes(rounded, bits),
+                "nbytes": ways_nbytes(rounded, ways),
                 "draws": drawn,
                 "noise": mean,
                 "standard_error": error,
                 "relative_noise": mean / case.square,
-                "predicted": predicted(bits, profile),
+                "predicted": predicted(ways, profile),
                 "steps": {"uniform": 0, "auto": 1, "gact": gact_rule.STEPS_PER_TENSOR * len(rounded)}[method],
             }
             append_row("allocation", row)

@@ -14,16 +14,19 @@ import torch
 
 import actcompile
 from actcompile import Config, Plan, records
-from actcompile.plan import Profile, SavedTensor
+from actcompile.config import EXACT_BITS
+from actcompile.decisions import stored_nbytes
+from actcompile.plan import Action, Decision, Profile, Pruning, SavedTensor
 
 from .data import real_batches
 from .gradients import flat, gradients, train, without_dropout
 from .models import WORKLOADS, Batch, Workload
-from .replay import Replay
+from .replay import Replay, Way
 
 SIZES: Mapping[str, Mapping[str, int]] = {
     "gpt": {"layers": 2, "batch": 4},
     "bert": {"layers": 2, "batch": 8},
+    "bert_plain": {"layers": 2, "batch": 8},
     "resnet18": {"batch": 8},
     "vit": {"layers": 2, "batch": 8},
     "gcn": {},
@@ -85,9 +88,9 @@ class Case:
 def prepare(name: str, steps: int, data: Path) -> Case:
     """The model ``name`` after ``steps`` training steps in eager."""
     torch._dynamo.reset()
-    workload = without_dropout(WORKLOADS[name](**SIZES[name]))
-    batches = real_batches(name, workload.batch, data)
-    train(name, workload, batches, steps, workload.model)
+    workload, task = without_dropout(WORKLOADS[name](**SIZES[name])), name.removesuffix("_plain")
+    batches = real_batches(task, workload.batch, data)
+    train(task, workload, batches, steps, workload.model)
     batch = next(batches)
     square = float(flat(gradients(workload.model, workload.loss(workload.model, batch))).square().sum())
     return Case(name, workload, batch, square)
@@ -109,14 +112,31 @@ def mean_noise(noise: Callable[[Iterable[int]], list[float]], draws: int) -> tup
     return mean, error, len(squares)
 
 
-def predicted(bits: Mapping[str, int], profile: Profile) -> float:
-    """The noise of tensors with so many bits; of several together more than of each alone."""
-    known = {key: profile.sensitivities[key] for key in bits if key in profile.sensitivities}
+def predicted(ways: Mapping[str, Way], profile: Profile) -> float:
+    """The noise of tensors that are stored in these ways; of several together more than of each alone."""
+    known = [(profile.sensitivities[key], way) for key, way in ways.items() if key in profile.sensitivities]
     if len(known) == 1:
-        return sum(value.variance[bits[key]] for key, value in known.items())
-    return sum(value.noise(bits[key]) for key, value in known.items())
+        return sum(value.pruned[way] if isinstance(way, Pruning) else value.variance[way] for value, way in known)
+    return sum(value.pruned[way] if isinstance(way, Pruning) else value.noise(way) for value, way in known)
 
 
-def code_bits(plan: Plan) -> dict[str, int]:
-    """Bits of the tensors that ``plan`` rounds."""
-    return {key: decision.bits for key, decision in plan.items() if decision.bits is not None}
+def ways_of(plan: Plan) -> dict[str, Way]:
+    """Bits of the tensors that ``plan`` rounds, and what is kept of those that it prunes."""
+    return {
+        key: decision.pruning if decision.action is Action.SPARSIFY else decision.bits
+        for key, decision in plan.items()
+        if decision.bits is not None
+    }
+
+
+def ways_nbytes(rows: Sequence[SavedTensor], ways: Mapping[str, Way]) -> int:
+    """Bytes stored for ``rows`` in these ways, scales and zero points included; those not named stay exact."""
+    return sum(stored_nbytes(row, _decision(ways.get(row.key, EXACT_BITS))) for row in rows)
+
+
+def _decision(way: Way) -> Decision:
+    if isinstance(way, Pruning):
+        return Decision(Action.SPARSIFY, "measured", bits=way.value_bits, keep=way.keep, block=way.block)
+    if way == EXACT_BITS:
+        return Decision(Action.KEEP, "measured")
+    return Decision(Action.QUANTIZE, "measured", bits=way, group_size=GROUP_SIZE)

@@ -1,5 +1,6 @@
 """The models of the benchmarks, each with a batch and a loss, all with random weights."""
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -83,8 +84,15 @@ def make_gpt(
     return Workload(model, (inputs, targets), lambda call, *batch: call(*batch))
 
 
-def make_bert(*, layers: int = 4, batch: int = 16, tokens: int = 64, device: torch.device | str = "cpu") -> Workload:
-    """Hugging Face's BertForSequenceClassification, small, with its usual dropout."""
+def make_bert(
+    *,
+    layers: int = 4,
+    batch: int = 16,
+    tokens: int = 64,
+    attention: str = "sdpa",
+    device: torch.device | str = "cpu",
+) -> Workload:
+    """Hugging Face's BertForSequenceClassification, small, with its usual dropout; ``attention`` is one of its names."""
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
@@ -95,6 +103,7 @@ def make_bert(*, layers: int = 4, batch: int = 16, tokens: int = 64, device: tor
         num_attention_heads=4,
         intermediate_size=1024,
         max_position_embeddings=tokens,
+        attn_implementation=attention,
         # The model would find this out in its first forward, and be compiled again for it.
         problem_type="single_label_classification",
     )
@@ -254,6 +263,8 @@ def make_gcn(*, layers: int = 3, nodes: int = 2708, width: int = 64, device: tor
 WORKLOADS: Mapping[str, Callable[..., Workload]] = {
     "gpt": make_gpt,
     "bert": make_bert,
+    # Attention in plain math, so that its probabilities are saved.
+    "bert_plain": functools.partial(make_bert, attention="eager"),
     "resnet": make_resnet,
     "resnet18": make_resnet18,
     "vit": make_vit,

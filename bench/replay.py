@@ -17,13 +17,18 @@ from torch import Tensor, fx
 import actcompile
 from actcompile import backend, records
 from actcompile.passes._fx import ROW_KEY, graph_outputs
-from actcompile.plan import Role
+from actcompile.plan import Pruning, Role
 from actcompile.triton_kernels._hash import mix_seed
 
 from .models import Batch, Workload
 
 quantize = torch.ops.actcompile.quantize.default
 dequantize = torch.ops.actcompile.dequantize.default
+sparsify = torch.ops.actcompile.sparsify.default
+densify = torch.ops.actcompile.densify.default
+
+# Bits of codes, or what is kept of each block.
+Way = int | Pruning
 
 # Gradients by their position among the results of the backward; those that noise does not reach are left out.
 Gradients = Mapping[int, Tensor]
@@ -64,14 +69,14 @@ class Replay:
         }
         self.start_from({}, 0)
 
-    def start_from(self, bits: Mapping[str, int], draw: int) -> None:
+    def start_from(self, ways: Mapping[str, Way], draw: int) -> None:
         """From now on, tensors have this noise wherever ``gradients`` is not told otherwise; at first none has any."""
         exact = {key: encoded.value for key, encoded in self._encoded.items()}
-        self._backward.start_from(self._decoded({**exact, **self._rounded(bits, draw)}))
+        self._backward.start_from(self._decoded({**exact, **self._rounded(ways, draw)}))
 
-    def gradients(self, bits: Mapping[str, int], draw: int) -> Gradients:
-        """Of the parameters, with the tensors that are named rounded to so many bits."""
-        values = self._backward.changed(self._decoded(self._rounded(bits, draw)), self._counted.values())
+    def gradients(self, ways: Mapping[str, Way], draw: int) -> Gradients:
+        """Of the parameters, with the tensors that are named rounded to so many bits, or pruned."""
+        values = self._backward.changed(self._decoded(self._rounded(ways, draw)), self._counted.values())
         return {position: values[node] for position, node in self._counted.items() if node in values}
 
     def distance(self, one: Gradients, other: Gradients | None = None) -> float:
@@ -84,9 +89,9 @@ class Replay:
         """The gradients that were started from."""
         return {position: self._at({}, position) for position in self._counted}
 
-    def noise(self, bits: Mapping[str, int], draws: Iterable[int]) -> list[float]:
+    def noise(self, ways: Mapping[str, Way], draws: Iterable[int]) -> list[float]:
         """|g' - g|^2 in each of ``draws`` of the rounding noise."""
-        return [self.distance(self.gradients(bits, draw)) for draw in draws]
+        return [self.distance(self.gradients(ways, draw)) for draw in draws]
 
     def _at(self, gradients: Gradients, position: int) -> Tensor:
         return gradients[position] if position in gradients else self._backward.base[self._counted[position]]
@@ -94,12 +99,15 @@ class Replay:
     def _decoded(self, values: Mapping[str, Tensor]) -> dict[fx.Node, Tensor]:
         return {node: values[node.meta[ROW_KEY]] for node in self._backward.decoders if node.meta[ROW_KEY] in values}
 
-    def _rounded(self, bits: Mapping[str, int], draw: int) -> dict[str, Tensor]:
-        found = {}
-        for key, width in bits.items():
+    def _rounded(self, ways: Mapping[str, Way], draw: int) -> dict[str, Tensor]:
+        found, seed = {}, torch.tensor(mix_seed(draw))
+        for key, way in ways.items():
             x, group_size, salt = self._encoded[key]
-            codes, scale, zero = quantize(x, width, group_size, torch.tensor(mix_seed(draw)), salt)
-            found[key] = dequantize(codes, scale, zero, width, group_size, x.shape, x.stride(), x.dtype)
+            layout = x.shape, x.stride(), x.dtype
+            if isinstance(way, Pruning):
+                found[key] = densify(*sparsify(x, *way, seed, salt), *way, *layout)
+            else:
+                found[key] = dequantize(*quantize(x, way, group_size, seed, salt), way, group_size, *layout)
         return found
 
     def _interpret(self, graph: fx.GraphModule, is_backward: bool) -> Callable[[list[Any]], Any]:

@@ -11,6 +11,7 @@ Other products look alike, as attention's do. These count whose result, in other
 with others, is the gradient of a parameter.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from torch import fx
 
 from actcompile.plan import Role
 
-from ._fx import GraphPair, graph_outputs, tangent_dependent
+from ._fx import graph_outputs, tangent_dependent
 from ._views import VALUE_PRESERVING_OPS
 
 aten = torch.ops.aten
@@ -60,18 +61,22 @@ class WeightGrad:
     is_left: bool = False
 
     @property
+    def product(self) -> fx.Node:
+        """The operator that reads ``x``."""
+        return self.node.all_input_nodes[0] if self.node.target in _SUMS else self.node
+
+    @property
     def is_product(self) -> bool:
         """Whether it is no convolution's."""
         return self.node.target is not _CONVOLUTION
 
 
 class WeightGrads:
-    """The gradients of weights in the backward of one pair of graphs."""
+    """The gradients of weights in a backward graph, which returns the gradients of inputs with ``input_roles``."""
 
-    def __init__(self, pair: GraphPair) -> None:
-        graph = pair.backward.graph
+    def __init__(self, graph: fx.Graph, input_roles: Sequence[Role]) -> None:
         self._dependent = tangent_dependent(graph)
-        roles = dict(zip(range(len(pair.input_roles)), pair.input_roles, strict=True))
+        roles = dict(enumerate(input_roles))
         self._results: dict[fx.Node, set[Role | None]] = {}
         for position, node in enumerate(graph_outputs(graph)):
             if isinstance(node, fx.Node):

@@ -57,7 +57,7 @@ def _sparsify(pair: GraphPair, slot: Slot, decision: Decision, salt: int) -> Non
     codec.meta[ROW_KEY] = slot.key
     parts = (*received, *decision.pruning)
     if stored is source:
-        for reader in WeightGrads(pair).of(placeholder):
+        for reader in WeightGrads(pair.backward.graph, pair.input_roles).of(placeholder):
             if _is_row_by_row(reader, placeholder):
                 _read_sparse(pair.backward.graph, reader, parts)
     if placeholder.users:

@@ -136,7 +136,7 @@ def test_products_of_attention_are_no_weight_gradients() -> None:
         return (q @ k.t()).square()
 
     traced = trace(attend, x, w, u)
-    weights = WeightGrads(traced.pair)
+    weights = WeightGrads(traced.pair.backward.graph, traced.pair.input_roles)
     found = {slot.source.name: len(weights.of(slot.placeholder)) for slot in traced.pair.slots}
     assert any(name.startswith("sin") for name in found)
     assert not any(count for name, count in found.items() if name.startswith("sin"))
