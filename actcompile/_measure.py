@@ -1,19 +1,19 @@
 """What rounding each saved tensor adds to the gradient of one backward, or of one on a part of the batch."""
 
 import logging
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
 from ._dropped import Dropped
-from ._pruned import pruned_noise
+from ._pruned import PruningNoise
 from ._slices import Groups
 from ._sweep import Sweep
 from .config import CODE_BITS
 from .passes._fx import graph_outputs
-from .plan import Pruning, Sensitivity
+from .plan import Sensitivity
 from .triton_kernels._hash import mix_seed
 from .triton_kernels.pack_bool import packed_nbytes
 
@@ -54,8 +54,7 @@ def measure(
     keys: Mapping[fx.Node, str],
     roundings: Mapping[str, Rounding],
     seed: int,
-    prunings: Sequence[Pruning] = (),
-    layer_inputs: Container[str] = (),
+    pruning: PruningNoise | None = None,
 ) -> dict[str, Sensitivity]:
     """Sensitivities by row key; needs ``run_and_keep`` or ``keep`` before it.
 
@@ -65,10 +64,9 @@ def measure(
         keys: Row keys of the leaves of ``sweep``; a tensor that is decoded twice has two.
         roundings: By row key.
         seed: Of the random direction.
-        prunings: Measured, too, where a product through the backward reaches the tensor.
-        layer_inputs: Keys of the tensors whose bias when pruned is known otherwise.
+        pruning: Takes what a product through the backward reaches.
     """
-    products = _Products(keys, roundings, sweep.readers, prunings, layer_inputs)
+    products = _Products(keys, roundings, sweep.readers, pruning)
     unknown: set[str] = set()
     try:
         sweep.pull_back(targets, lambda node, value: draw(value, mix_seed(seed, targets[node])), products.see)
@@ -123,19 +121,16 @@ class _Products:
         keys: Mapping[fx.Node, str],
         roundings: Mapping[str, Rounding],
         readers: Mapping[fx.Node, Callable[[], Tensor]],
-        prunings: Sequence[Pruning],
-        layer_inputs: Container[str],
+        pruning: PruningNoise | None,
     ) -> None:
         self._keys = keys
         self._roundings = roundings
-        self._prunings = prunings
-        self._layer_inputs = layer_inputs
+        self._pruning = pruning
         # Several decodings of a tensor give the same.
         self._readers = {key: readers[node] for node, key in keys.items()}
         self._pending = {key: list(keys.values()).count(key) for key in keys.values()}
         self._sums: dict[str, Tensor] = {}
         self._variances: dict[str, list[float]] = {}
-        self._pruned: dict[str, dict[Pruning, float]] = {}
 
     def see(self, node: fx.Node, cotangent: Tensor) -> None:
         """Takes one decoding's cotangent; a tensor that is decoded twice has their sum."""
@@ -151,11 +146,7 @@ class _Products:
             self._finish(key)
         nothing = [0.0] * len(CODE_BITS)
         return {
-            key: Sensitivity(
-                dict(zip(CODE_BITS, self._variances.get(key, nothing), strict=True)),
-                "probed",
-                pruned=self._pruned.get(key, dict.fromkeys(self._prunings, 0.0)),
-            )
+            key: Sensitivity(dict(zip(CODE_BITS, self._variances.get(key, nothing), strict=True)), "probed")
             for key in self._pending
         }
 
@@ -163,6 +154,5 @@ class _Products:
         cotangent = self._sums.pop(key)
         self._variances[key] = self._roundings[key].weigh(cotangent)
         dropped = self._roundings[key].dropped
-        if dropped is not None and self._prunings:
-            value, is_layer_input = self._readers[key](), key in self._layer_inputs
-            self._pruned[key] = pruned_noise(value, cotangent, dropped, self._prunings, is_layer_input)
+        if dropped is not None and self._pruning is not None:
+            self._pruning.weigh(key, self._readers[key](), cotangent, dropped)

@@ -15,6 +15,7 @@ the larger one counts.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,18 +24,20 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from ._dropped import Dropped, lost_share, shapes_of
+from ._dropped import Dropped, Shape, lost_share, shapes_of
 from .passes._weight_grads import WeightGrad, WeightGrads
 from .plan import Pruning, Role, Sensitivity
 from .triton_kernels._layout import to_storage_order
 from .triton_kernels._topk_sizes import group_numel
 
+# Fewer rows or columns than this say too little.
+_MIN_SUMS = 16
 # Position of the output mask among the arguments of a convolution's backward, and the mask of the weight's gradient.
 _MASK, _WEIGHT_ALONE = 10, [False, True, False]
 
 
-class WeightBiases:
-    """Sums up, while a backward runs, what pruning layer inputs adds to the gradients of their weights.
+class PruningNoise:
+    """Sums up, over a backward and over products through parts of it, what pruning each tensor adds to the gradient.
 
     Args:
         graph: The backward.
@@ -50,35 +53,87 @@ class WeightBiases:
         keys: Mapping[fx.Node, str],
         prunings: Sequence[Pruning],
     ) -> None:
-        weights, self._shapes = WeightGrads(graph, input_roles), shapes_of(prunings)
+        weights, self._prunings = WeightGrads(graph, input_roles), prunings
+        self.shapes = shapes_of(prunings)
         readers = {node: weights.of(node) for node in keys} if prunings else {}
         others = {keys[node] for node, found in readers.items() if not found}
-        self.squares = {key: dict.fromkeys(self._shapes, 0.0) for key in keys.values() if key not in others}
+        self._weights = {key: dict.fromkeys(self.shapes, 0.0) for key in keys.values() if key not in others}
         self._readers = {
             reader.product: (keys[node], reader)
             for node, found in readers.items()
             for reader in found
-            if keys[node] in self.squares
+            if keys[node] in self._weights
         }
+        self._biases: dict[tuple[str, Shape], list[_Bias]] = {}
+        self._residuals: dict[tuple[str, Shape], float] = defaultdict(float)
+        self._roundings: dict[tuple[str, Pruning], float] = defaultdict(float)
 
     def see(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> None:
-        """Called before ``node`` is computed from ``values``."""
+        """Called before the backward computes ``node`` from ``values``; for layer inputs."""
         if node in self._readers:
             key, reader = self._readers[node]
-            for shape in self._shapes:
-                self.squares[key][shape] += _weight_bias(reader, values, shape)
+            for shape in self.shapes:
+                self._weights[key][shape] += _weight_bias(reader, values, shape)
 
-    def added_to(self, sensitivities: Mapping[str, Sensitivity]) -> dict[str, Sensitivity]:
-        """``sensitivities`` with these biases in what pruning adds, where they are larger."""
+    def weigh(self, key: str, value: Tensor, cotangent: Tensor, dropped: Dropped) -> None:
+        """Takes a tensor, or some samples of it as ``dropped`` says, and u, which is of the same v for all samples."""
+        u = cotangent.float()
+        for shape in self.shapes:
+            share = lost_share(value, shape)
+            errors = [dropped.mean(shape), *([] if key in self._weights else [value])]
+            dim = dropped.groups.dim
+            biases = self._biases.setdefault((key, shape), [_Bias(dim) for _ in errors])
+            for bias, error in zip(biases, errors, strict=True):
+                bias.add(share * u * error)
+            self._residuals[key, shape] += float((share * u.square() * dropped.variance(shape)).sum())
+            for pruning in self._prunings:
+                if (pruning.keep, pruning.block) == shape:
+                    self._roundings[key, pruning] += _rounding(value, u, share, pruning)
+
+    def added_to(self, sensitivities: Mapping[str, Sensitivity], scale: float = 1.0) -> dict[str, Sensitivity]:
+        """``sensitivities`` with what pruning adds; ``scale`` is how many times what was weighed all samples are."""
         found = dict(sensitivities)
-        for key in found.keys() & self.squares.keys():
-            squares, known = self.squares[key], found[key].pruned
-            pruned = {pruning: max(noise, squares[pruning.keep, pruning.block]) for pruning, noise in known.items()}
+        for key in {key for key, _ in self._biases} & found.keys():
+            biases = {shape: scale * self._bias(key, shape) for shape in self.shapes}
+            for shape, square in self._weights.get(key, {}).items():
+                biases[shape] = max(biases[shape], square)
+            pruned = {
+                pruning: biases[pruning.keep, pruning.block] + scale * self._roundings[key, pruning]
+                for pruning in self._prunings
+            }
             found[key] = replace(found[key], pruned=pruned)
         return found
 
+    def _bias(self, key: str, shape: Shape) -> float:
+        """Of what was weighed: what the forward noted, or what was decoded."""
+        noted, *decoded = (bias.square() for bias in self._biases[key, shape])
+        return max([noted + self._residuals[key, shape], *decoded])
 
-def _weight_bias(reader: WeightGrad, values: Mapping[fx.Node, Any], shape: tuple[int, int]) -> float:
+
+class _Bias:
+    """Sums of the products of error and cotangent: over all, and over each row and column but ``dim``, which is cut."""
+
+    def __init__(self, dim: int | None) -> None:
+        self._dim = dim
+        self._total = 0.0
+        self._sums: dict[int, Tensor] = {}
+        self._squares = 0.0
+
+    def add(self, products: Tensor) -> None:
+        """Takes those of some samples."""
+        self._total += float(products.sum())
+        self._squares += float(products.square().sum())
+        for dim in range(products.dim()):
+            if dim != self._dim and products.shape[dim] >= _MIN_SUMS:
+                sums = products.sum([other for other in range(products.dim()) if other != dim] or None)
+                self._sums[dim] = self._sums[dim] + sums if dim in self._sums else sums
+
+    def square(self) -> float:
+        """The largest estimate of the square of the bias; see the module docstring."""
+        return max(self._total**2, self._squares, *(float(sums.square().sum()) for sums in self._sums.values()), 0.0)
+
+
+def _weight_bias(reader: WeightGrad, values: Mapping[fx.Node, Any], shape: Shape) -> float:
     """The square of the bias for one layer and one shape."""
     node, x = reader.product, values[reader.x]
     dropped = (lost_share(x, shape) * x).to(x.dtype)
@@ -90,38 +145,6 @@ def _weight_bias(reader: WeightGrad, values: Mapping[fx.Node, Any], shape: tuple
     if node is not reader.node:
         change = change.sum(0)
     return float(change.float().square().sum())
-
-
-def pruned_noise(
-    value: Tensor, cotangent: Tensor, dropped: Dropped, prunings: Sequence[Pruning], is_layer_input: bool
-) -> dict[Pruning, float]:
-    """E|g' - g|^2 for each of ``prunings``; of layer inputs, what the forward noted alone.
-
-    Args:
-        value: The tensor, or some samples of it, as it was decoded.
-        cotangent: u, in the same shape.
-        dropped: What the forward noted of these samples.
-        prunings: What it may be pruned to.
-        is_layer_input: Whether gradients of weights alone read it.
-    """
-    u, found = cotangent.float(), {}
-    for shape in shapes_of(prunings):
-        share = lost_share(value, shape)
-        lost = share * u
-        noise = _square(lost * dropped.mean(shape)) + float((share * u.square() * dropped.variance(shape)).sum())
-        if not is_layer_input:
-            noise = max(noise, _square(lost * value))
-        for pruning in prunings:
-            if (pruning.keep, pruning.block) == shape:
-                found[pruning] = noise + _rounding(value, u, share, pruning)
-    return found
-
-
-def _square(products: Tensor) -> float:
-    """The square of the bias, from the products of error and cotangent; see the module docstring."""
-    dims = range(products.dim())
-    sums = [products.sum([other for other in dims if other != dim] or None) for dim in dims if products.shape[dim] > 1]
-    return max(float(one.square().sum()) for one in [products.sum(), *sums])
 
 
 def _rounding(value: Tensor, u: Tensor, share: Tensor, pruning: Pruning) -> float:

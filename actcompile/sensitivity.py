@@ -7,8 +7,9 @@ tensors at once, and E[u_i^2] = |dg/dx_i|^2. V_i depends on the bits and on wher
 over each group is noted for every width while the forward encodes. One draw of v predicts the noise at every width.
 
     forward     interpreted; of each group that is encoded, the variance of its rounding noise at every width
-    backward    interpreted; then, on the codes, the product for a few samples at a time, each time with a v of its own
+    backward    interpreted; then, on the codes, the product for a few samples at a time, always with the same v
                 (_batch.py, _slices.py), in segments (_sweep.py)
+    pruning     what dropping small elements adds, from the same products and from the backward (_pruned.py)
     opaque      what only reaches the gradient through an operator without a derivative is measured instead: the
                 backward runs once more with noise in that tensor alone (_measure.py)
 
@@ -24,7 +25,7 @@ import functools
 import logging
 import math
 import zlib
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from torch import Tensor, fx
 from ._batch import find_batch
 from ._dropped import GROUP, Dropped, dropped_moments, shapes_of
 from ._measure import Rounding, measure
-from ._pruned import WeightBiases
+from ._pruned import PruningNoise
 from ._slices import Groups, Layout, Part, SlicedBackward, cut, decode, samples_meet, slice_backward
 from ._sweep import Sweep
 from ._tiles import call_node, find_tilings, ordered, run_graph
@@ -130,18 +131,17 @@ class Probe:
         if sliced is None:
             whole = _sweep_of(graph.graph, is_short=True)
             whole.feed(arguments)
-        biases = WeightBiases(graph.graph, self._roles, _keys(whole), self._prunings)
+        pruning = PruningNoise(graph.graph, self._roles, _keys(whole), self._prunings)
         if sliced is None:
-            results = whole.run_and_keep(biases.see)
+            results = whole.run_and_keep(pruning.see)
             roundings = self._roundings(whole, _readers(whole))
-            pruning = self._prunings, biases.squares
-            sensitivities = _measure(whole, counted, roundings, mix_seed(self._seed, 0), *pruning)
+            sensitivities = pruning.added_to(_measure(whole, counted, roundings, mix_seed(self._seed, 0), pruning))
         else:
             whole.note_readers()
-            sensitivities = self._sum_over_parts(sliced, whole, arguments, counted, biases.squares)
+            sensitivities, scale = self._sum_over_parts(sliced, whole, arguments, counted, pruning)
             # What was saved is let go while the backward runs, as in compiled code.
-            results = whole.run_last(biases.see)
-        sensitivities = biases.added_to(sensitivities)
+            results = whole.run_last(pruning.see)
+            sensitivities = pruning.added_to(sensitivities, scale)
         self._rounding.clear()
         self._dropped.clear()
         square = sum(float(results[position].float().square().sum()) for position in counted)
@@ -188,9 +188,9 @@ class Probe:
         whole: Sweep,
         arguments: Mapping[fx.Node, Any],
         counted: Sequence[int],
-        layer_inputs: Container[str],
-    ) -> dict[str, Sensitivity]:
-        """Sensitivities over the samples of the first parts of the batch, scaled to all of them."""
+        pruning: PruningNoise,
+    ) -> tuple[dict[str, Sensitivity], float]:
+        """Sensitivities over the samples of the first parts of the batch, scaled to all of them, and that scale."""
         sweep, readers, dims = _sweep_of(sliced.graph, is_tiled=False), _readers(whole), sliced.dims
         sweep.cut_like(whole)
         given = {node.name: value for node, value in arguments.items()}
@@ -203,15 +203,15 @@ class Probe:
             decoders = {node: readers[node.name] for node in sweep.nodes if node.name in readers}
             reading = {n: functools.partial(decode, r.func, r.args, dims[n.name], part) for n, r in decoders.items()}
             roundings = self._roundings(sweep, readers, part, dims)
-            seed = mix_seed(self._seed, index)
             if is_noisy:
                 for leaf in sweep.leaves:
                     key = leaf.meta[ROW_KEY]
-                    salt = mix_seed(seed, zlib.crc32(key.encode()))
+                    salt = mix_seed(mix_seed(self._seed, index), zlib.crc32(key.encode()))
                     reading[leaf] = functools.partial(_read_with_noise, reading[leaf], roundings[key], salt)
             sweep.feed(values, reading)
             sweep.keep()
-            return _measure(sweep, counted, roundings, seed, () if is_noisy else self._prunings, layer_inputs)
+            # The same direction in all parts: a bias adds up over samples, and only then its square counts.
+            return _measure(sweep, counted, roundings, mix_seed(self._seed, 0), None if is_noisy else pruning)
 
         num_parts, num_noisy = (math.ceil(share * sliced.count) for share in (_SHARE, _NOISY_SHARE))
         scale = _scale(whole, sliced, num_parts)
@@ -221,9 +221,8 @@ class Probe:
         for key, first in exact[0].items():
             noises = {bits: scale * sum(one[key].variance[bits] for one in exact) for bits in CODE_BITS}
             ratio = _ratio([one[key] for one in noisy], [one[key] for one in exact[:num_noisy]])
-            pruned = {pruning: scale * sum(one[key].pruned[pruning] for one in exact) for pruning in first.pruned}
-            found[key] = Sensitivity(noises, first.method, _excess(noises[_FEW_BITS], ratio), pruned)
-        return found
+            found[key] = Sensitivity(noises, first.method, _excess(noises[_FEW_BITS], ratio))
+        return found, scale
 
     def _roundings(
         self,
@@ -260,12 +259,11 @@ def _measure(
     counted: Sequence[int],
     roundings: Mapping[str, Rounding],
     seed: int,
-    prunings: Sequence[Pruning],
-    layer_inputs: Container[str],
+    pruning: PruningNoise | None,
 ) -> dict[str, Sensitivity]:
     outputs = graph_outputs(sweep.graph)
     targets = {outputs[position]: position for position in counted}
-    return measure(sweep, targets, _keys(sweep), roundings, seed, prunings, layer_inputs)
+    return measure(sweep, targets, _keys(sweep), roundings, seed, pruning)
 
 
 def _keys(sweep: Sweep) -> dict[fx.Node, str]:
