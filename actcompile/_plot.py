@@ -25,6 +25,7 @@ _COLORS = {
     Action.PACK: "#E69F00",
     Action.NARROW: "#CC79A7",
     Action.QUANTIZE: "#0072B2",
+    Action.PRUNE: "#56B4E9",
     Action.RECOMPUTE: "#009E73",
 }
 _REST, _FORWARD, _BACKWARD, _PEAK = "#CCCCCC", "#0072B2", "#D55E00", "#000000"

@@ -54,6 +54,7 @@ __all__ = [
     "default_store",
     "fake_mode_for",
     "get_hash_for_files",
+    "has_saved_tensor_hooks",
     "interpret_plainly",
     "is_fake",
     "is_part_of_model",
@@ -216,6 +217,11 @@ def interpret_plainly(graph: fx.GraphModule, is_backward: bool) -> Callable[[lis
 def fake_mode_for(values: Sequence[Any]) -> FakeTensorMode:
     """A mode under which no operator computes: that of ``values`` if they are fake already, else a new one."""
     return torch._guards.detect_fake_mode(list(values)) or FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def has_saved_tensor_hooks() -> bool:
+    """Whether tensors that autograd saves right now go through hooks, as inside of a checkpoint."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def is_fake(value: object) -> bool:

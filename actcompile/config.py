@@ -32,11 +32,18 @@ LEVELS: Mapping[str, Mapping[str, Any]] = {
 
 RECOMPUTE = ("none", "cheap", "full")
 LOWERINGS = ("inductor", "eager")
+PRUNINGS = ("blocks", "samples")
 
 # Fields that are part of the interface but that this release does not act on: field -> what to use instead.
 _NOT_YET: Mapping[str, str] = {
-    "sparsity": "set bits",
+    "sparsity": 'set bits, or pruning="samples" for a comparison with Back Razor',
 }
+
+# Back Razor's rule says by itself what is stored.
+_NOT_WITH_SAMPLES = (
+    *("bits", "memory", "noise", "auto", "sparse_value_bits", "offload", "min_numel", "overrides", "profile_every"),
+    *("plan", "level"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +61,10 @@ class Config:
             the memory of a compiled one where samples meet, as in batch normalization (``profile`` on a small batch
             avoids that); otherwise all get the same.
         group_size: Elements that share one scale: a power of two from 32 to 4096.
-        sparsity: Share of elements dropped from the inputs of linear layers. Not available in this release.
+        sparsity: Share of elements dropped from the inputs of linear layers. Only with ``pruning="samples"`` in this
+            release.
+        pruning: "samples" repeats Back Razor for a comparison, interpreted: linear layers, convolutions, attention and
+            LayerNorm store the largest elements of each sample, and drop the share ``sparsity``.
         sparse_value_bits: Bits of the values that are left: 16, 8 or 4.
         recompute: "none" saves what torch.compile saves; "cheap" also recomputes what needs no matrix product; "full"
             repeats matrix products too, where ``memory`` cannot be met at 4 bits (at level L0 without loss) otherwise
@@ -82,6 +92,7 @@ class Config:
     auto: bool | None = None
     group_size: int = 256
     sparsity: float | None = None
+    pruning: str = "blocks"
     sparse_value_bits: int = 16
     recompute: str = "cheap"
     offload: bool | None = None
@@ -112,6 +123,21 @@ class Config:
             ConfigError: For a level that does not exist.
         """
         return cls(level=level, **overrides)
+
+    @classmethod
+    def back_razor(cls, sparsity: float = 0.8, **settings: Any) -> "Config":
+        """The settings that repeat Back Razor's rule, for a comparison.
+
+        Args:
+            sparsity: Share of each sample to drop, in [0, 1).
+            **settings: Other fields, such as ``skip``.
+
+        Raises:
+            ConfigError: For a share outside of that, or a setting that the rule leaves no room for.
+
+        Source: Jiang et al., "Back Razor", NeurIPS 2022.
+        """
+        return cls(pruning="samples", sparsity=sparsity, **settings)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "Config":
@@ -277,7 +303,7 @@ def _check_numbers(config: Config) -> None:
 
 
 def _check_choices(config: Config) -> None:
-    for name, choices in (("recompute", RECOMPUTE), ("lowering", LOWERINGS)):
+    for name, choices in (("recompute", RECOMPUTE), ("lowering", LOWERINGS), ("pruning", PRUNINGS)):
         value = getattr(config, name)
         if value not in choices:
             raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
@@ -308,7 +334,23 @@ def _check_overrides(config: Config) -> None:
             )
 
 
+def _check_pruning(config: Config) -> None:
+    if config.pruning != "samples":
+        return
+    if config.sparsity is None:
+        raise ConfigError("pruning='samples' needs the share to drop, got sparsity=None: give sparsity=0.8")
+    values = [(name, getattr(config, name)) for name in _NOT_WITH_SAMPLES]
+    others = [f"{name}={value!r}" for name, value in values if value not in (None, False, (), _DEFAULTS[name])]
+    if others:
+        raise ConfigError(
+            "pruning='samples' says by itself what is stored, as Back Razor does, got it beside "
+            f"{', '.join(others)}: leave out one of them"
+        )
+
+
 def _check_availability(config: Config) -> None:
+    if config.pruning == "samples":
+        return
     for name, remedy in _NOT_YET.items():
         value = config.setting(name)
         if value is not None and value is not False:
@@ -316,6 +358,7 @@ def _check_availability(config: Config) -> None:
             raise ConfigError(f"{name} is not available in this release, got {value!r}{origin}: {remedy}")
 
 
+_DEFAULTS: Mapping[str, Any] = {f.name: f.default for f in fields(Config)}
 _CHECKS = (
     _check_targets,
     _check_bits,
@@ -323,5 +366,6 @@ _CHECKS = (
     _check_numbers,
     _check_choices,
     _check_overrides,
+    _check_pruning,
     _check_availability,
 )

@@ -46,6 +46,9 @@ def encoded_nbytes(row: SavedTensor, decision: Decision) -> int:
         case Action.QUANTIZE:
             assert decision.bits is not None and decision.group_size is not None
             return quantized_nbytes(row.numel, decision.bits, decision.group_size, row.dtype)
+        case Action.PRUNE:
+            assert decision.nbytes is not None
+            return decision.nbytes
         case Action.RECOMPUTE:
             return 0
 
