@@ -25,6 +25,16 @@ REJECTED = [
     ({"group_size": 100}, ["a power of two", "100"]),
     ({"group_size": 256.0}, ["a power of two", "256.0"]),
     ({"sparsity": 1.2}, ["a share of dropped elements in [0, 1)", "1.2", "try 0.8"]),
+    ({"pruning": "rows"}, ["pruning must be one of blocks, samples", "'rows'"]),
+    ({"pruning": "samples"}, ["needs the share to drop", "sparsity=None", "give sparsity=0.8"]),
+    ({"pruning": "samples", "sparsity": 1.0}, ["a share of dropped elements in [0, 1)", "1.0"]),
+    *(
+        ({"pruning": "samples", "sparsity": 0.8, name: value}, ["says by itself what is stored", name, "leave out"])
+        for name, value in {
+            **{"bits": 4, "auto": True, "memory": 0.5, "noise": 0.1, "plan": Plan(), "offload": True, "level": "L1"},
+            **{"min_numel": 64, "overrides": {"head": 8}, "profile_every": 9, "sparse_value_bits": 8},
+        }.items()
+    ),
     ({"sparse_value_bits": 5}, ["sparse_value_bits must be 16, 8 or 4", "5"]),
     ({"noise": 0}, ["noise must be a positive relative variance", "0", "try 0.01"]),
     ({"min_numel": -1}, ["min_numel must be an integer from 0 up", "-1"]),
@@ -63,6 +73,15 @@ def test_what_is_not_there_yet_says_so(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} is not available in this release") as found:
         Config(**{name: value})  # type: ignore[arg-type]
     assert repr(value) in str(found.value)
+
+
+def test_back_razor() -> None:
+    assert Config.back_razor() == Config(pruning="samples", sparsity=0.8)
+    assert Config.back_razor(0.9, skip=("head",)) == Config(pruning="samples", sparsity=0.9, skip=("head",))
+    # What changes nothing is no contradiction.
+    assert Config.back_razor(0.0, auto=False, offload=False, min_numel=0).sparsity == 0.0
+    with pytest.raises(ConfigError, match="bits=4"):
+        Config.back_razor(bits=4)
 
 
 def test_default_is_4_bits() -> None:
