@@ -19,10 +19,12 @@ from torch import fx
 from torch._dynamo import trace_rules
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.source import ConstantSource
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import CompileContext, TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
 from torch._inductor.dtype_propagation import DtypePropagationOpsHandler
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -43,6 +45,7 @@ __all__ = [
     "NEEDS_VALUES",
     "TRAINING_SETTINGS",
     "CustomPartitionerFn",
+    "HigherOrderOperator",
     "Interpret",
     "add_scalar_input",
     "belongs_to_module",
@@ -60,6 +63,7 @@ __all__ = [
     "is_part_of_model",
     "isolated_compile",
     "mark_dynamic_batch",
+    "min_cut_rematerialization_partition",
     "mode_options",
     "num_in_memory",
     "own_code",

@@ -9,19 +9,19 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from . import records
 from ._saved import grad_fns, saved_by
 from ._torch import (
     CustomPartitionerFn,
+    HigherOrderOperator,
     compile_pair,
     copied,
     has_saved_tensor_hooks,
     interpret_plainly,
     is_fake,
+    min_cut_rematerialization_partition,
     random_settings,
     reentrant_tracing,
     traced_inputs,
@@ -151,7 +151,7 @@ class _Forward(fx.Interpreter):
         functions = list(self._new(grad_fns(result)))
         if self._is_blind:
             return []
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
+        if isinstance(node.target, HigherOrderOperator):
             # A checkpoint, which keeps what it was called with and would run again if asked for more.
             values = tree_leaves(self.map_nodes_to_values(node.args, node))
             return [value for value in values if isinstance(value, Tensor)]

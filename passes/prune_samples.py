@@ -47,18 +47,7 @@ _SOFTMAXES: Mapping[Any, int] = {F.softmax: 3, torch.softmax: 2, "softmax": 2}
 # What may lie between attention's products and its softmax, by name.
 _SCALES = {"add", "sub", "mul", "div", "truediv", "iadd", "isub", "imul", "itruediv", "tanh", "clamp", "clamp_min"}
 _MASKS = {"where", "masked_fill", "max", "maximum", "dropout"}
-_VIEWS = {
-    "view",
-    "reshape",
-    "flatten",
-    "unflatten",
-    "expand",
-    "squeeze",
-    "unsqueeze",
-    "transpose",
-    "permute",
-    "getattr",
-}
+_VIEWS = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "transpose", "permute"}
 # What keeps a softmax's result as it is, up to its dtype, when there is no dropout.
 _CASTS = {"to", "float", "half", "bfloat16", "type_as", "contiguous"}
 _BETWEEN = _SCALES | _MASKS | _VIEWS | _CASTS | {"getattr", "getitem"}
