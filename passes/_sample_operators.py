@@ -72,6 +72,41 @@ class SampleOperators:
         probabilities = self._apply(gradients.Softmax, scores, -1, None, True)
         return self.matmul(F.dropout(probabilities, dropout_p).to(value.dtype), value)
 
+    def multi_head_attention(
+        self,
+        sequences: Sequence[Tensor],
+        num_heads: int,
+        in_proj: tuple[Tensor, Tensor | None],
+        out_proj: tuple[Tensor, Tensor | None],
+        dropout_p: float,
+        masks: tuple[Tensor | None, Tensor | None],
+    ) -> tuple[Tensor, None]:
+        """``F.multi_head_attention_forward`` without its weights, in single steps with samples first.
+
+        Args:
+            sequences: Queries, keys and values, [T, B, width] each.
+            num_heads: Attention heads.
+            in_proj: Weight [3 * width, width] and bias.
+            out_proj: Weight [width, width] and bias.
+            dropout_p: Share of probabilities that is dropped.
+            masks: Of keys [B, S] and of attention [T, S] or [B * heads, T, S], true or -inf for what is not seen.
+        """
+        weights = in_proj[0].chunk(3)
+        biases = (None, None, None) if in_proj[1] is None else in_proj[1].chunk(3)
+        q, k, v = (
+            _heads(self.linear(part.transpose(0, 1), weight, bias), num_heads)
+            for part, weight, bias in zip(sequences, weights, biases, strict=True)
+        )
+        of_keys, of_attention = masks
+        bias = q.new_zeros(())
+        if of_keys is not None:
+            bias = bias + _additive(of_keys, q.dtype)[:, None, None]
+        if of_attention is not None:
+            added = _additive(of_attention, q.dtype)
+            bias = bias + (added.view(-1, num_heads, *added.shape[1:]) if added.dim() == 3 else added)
+        y = self.attention(q, k, v, bias, dropout_p)
+        return self.linear(y.transpose(1, 2).flatten(2), *out_proj).transpose(0, 1), None
+
     def layer_norm(
         self,
         input: Tensor,
@@ -115,6 +150,11 @@ def named_padding(padding: str, weight: Tensor, dilation: int | Sequence[int]) -
     return None if any(total % 2 for total in totals) else [total // 2 for total in totals]
 
 
+def _heads(x: Tensor, num_heads: int) -> Tensor:
+    """[B, T, width] -> [B, heads, T, width / heads]."""
+    return x.view(*x.shape[:2], num_heads, -1).transpose(1, 2)
+
+
 def _pair(value: int | Sequence[int]) -> list[int]:
     values = [value] if isinstance(value, int) else list(value)
     return values * 2 if len(values) == 1 else values
@@ -125,7 +165,9 @@ def _biases(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> list[T
     masks = [] if attn_mask is None else [attn_mask]
     if is_causal:
         masks.append(torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril())
-    return [
-        torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else mask
-        for mask in masks
-    ]
+    return [_additive(~mask if mask.dtype == torch.bool else mask, scores.dtype) for mask in masks]
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """-inf where a bool mask is true, zero elsewhere; any other mask as it is."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf) if mask.dtype == torch.bool else mask

@@ -6,15 +6,17 @@
     o = matmul(p, v)                            o = operators.attend(s / 8, v)
 
     1. linear, layer_norm, conv2d, gelu         by the operators of the same names
-    2. scaled_dot_product_attention             by its single steps
+    2. scaled_dot_product_attention,            by their single steps
+       multi_head_attention_forward
     3. matmul with a weight, addmm              as a linear layer
     4. matmul whose result leads to a softmax   both operands pruned; on the way may be scales, masks and views
     5. matmul of a softmax's result             fused with the softmax, where nothing else reads that; else, as with
                                                 dropout in between, softmax and matmul each prune what they read
 
 It rewrites a graph of Dynamo's, which autograd differentiates afterwards, and not a pair. Other operators are never
-touched: ``einsum``, ``baddbmm``, ``multi_head_attention_forward``, what is inside of a checkpoint, convolutions of
-images without a batch, or with other padding on one side, and whatever needs no gradient.
+touched: ``einsum``, ``baddbmm``, nn.MultiheadAttention that returns its weights or has parameters besides the usual,
+what is inside of a checkpoint, convolutions of images without a batch, or with other padding on one side, and whatever
+needs no gradient.
 
 Source: Jiang et al., "Back Razor", NeurIPS 2022; the operators that its models replace.
 """
@@ -94,6 +96,29 @@ def _replace(node: fx.Node, operators: SampleOperators) -> None:
             _call(node, operators.matmul_weight, first, second)
     elif node.target is torch.addmm and not node.kwargs and _is_weight(node.args[2]):
         _call(node, operators.addmm_weight, *node.args)
+    elif node.target is F.multi_head_attention_forward:
+        _attend_with_heads(node, operators)
+
+
+def _attend_with_heads(node: fx.Node, operators: SampleOperators) -> None:
+    """Case 2, of nn.MultiheadAttention with one matrix for all projections, where nobody reads the probabilities."""
+    given = inspect.signature(F.multi_head_attention_forward).bind(*node.args, **node.kwargs)
+    given.apply_defaults()
+    have = given.arguments
+    beside = ("bias_k", "bias_v", "static_k", "static_v")
+    unlike = [have[name] for name in ("add_zero_attn", "need_weights", "use_separate_proj_weight")]
+    if any(unlike) or any(have[name] is not None for name in beside) or _value(have["query"]).dim() != 3:
+        return
+    _call(
+        node,
+        operators.multi_head_attention,
+        (have["query"], have["key"], have["value"]),
+        have["num_heads"],
+        (have["in_proj_weight"], have["in_proj_bias"]),
+        (have["out_proj_weight"], have["out_proj_bias"]),
+        have["dropout_p"] if have["training"] else 0.0,
+        (have["key_padding_mask"], have["attn_mask"]),
+    )
 
 
 def _is_supported(node: fx.Node, arguments: Mapping[str, Any]) -> bool:
@@ -168,6 +193,8 @@ def _is_weight(node: Any) -> bool:
 
 def _is_differentiable(node: fx.Node) -> bool:
     value = _value(node)
+    if node.target is F.multi_head_attention_forward:
+        value, _ = value
     return node.op in ("call_function", "call_method") and isinstance(value, torch.Tensor) and value.requires_grad
 
 

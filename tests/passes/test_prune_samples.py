@@ -244,6 +244,37 @@ def test_attention_with_dropout(is_fused: bool) -> None:
     torch.testing.assert_close(*found, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("mask", ["none", "keys", "causal", "heads"])
+def test_multi_head_attention(mask: str) -> None:
+    """As of torch's own layer, with samples first whatever the order of its dimensions."""
+    model = nn.MultiheadAttention(16, 2, batch_first=True).double()
+    nn.init.normal_(model.in_proj_bias)
+    hidden = {
+        "none": {},
+        "keys": {"key_padding_mask": torch.arange(6).expand(4, 6) > torch.tensor([[2], [3], [4], [5]])},
+        "causal": {"attn_mask": torch.ones(6, 6, dtype=torch.bool).triu(1), "is_causal": True},
+        "heads": {"attn_mask": torch.randn(8, 6, 6, dtype=torch.float64)},
+    }[mask]
+    bias: Tensor | float = 0.0
+    if mask == "heads":
+        bias = hidden["attn_mask"].view(4, 2, 6, 6)
+    elif hidden:
+        shape = (4, 1, 1, 6) if mask == "keys" else (6, 6)
+        bias = torch.zeros(shape, dtype=torch.float64).masked_fill(next(iter(hidden.values())).view(shape), -torch.inf)
+
+    def by_rule(x: Tensor, *parameters: Tensor) -> Tensor:
+        weights, biases = model.in_proj_weight.chunk(3), model.in_proj_bias.chunk(3)
+        q, k, v = (
+            rule.linear(x, w, b).unflatten(-1, (2, 8)).transpose(1, 2) for w, b in zip(weights, biases, strict=True)
+        )
+        return _linear(model.out_proj, attention_by_rule(q, k, v, bias).transpose(1, 2).flatten(2))
+
+    inputs = [leaf(4, 6, 16), *model.parameters()]
+    assert_follows_rule(
+        lambda x, *parameters: model(x, x, x, need_weights=False, **hidden)[0], by_rule, inputs, exact={4}
+    )
+
+
 class Block(nn.Module):
     """A pre-norm transformer block, and the same by the rule."""
 
