@@ -1,8 +1,8 @@
 """Which elements pruning drops, and what is noted of them while the forward has the exact tensor.
 
 The backward reads codes, in which what is much smaller than the largest element of a group is lost or has become one
-level: what is dropped of them may be nothing, where the sum of many small probabilities was dropped. So the sums of what
-is dropped, and of its squares, are noted for each group.
+level: what is dropped of them may be nothing, where the sum of many small probabilities was dropped. So the mean of
+what is dropped, and of its squares, is noted for each group.
 """
 
 from collections.abc import Iterable, Sequence
@@ -69,7 +69,7 @@ def lost_share(x: Tensor, shape: Shape) -> Tensor:
 def dropped_moments(x: Tensor, shapes: Sequence[Shape]) -> Tensor:
     """``Dropped.moments`` of ``x``, in bfloat16: sums over many groups are what counts."""
     groups = _rows(to_storage_order(x), GROUP)
-    return torch.cat([_moments(part.float(), shapes) for part in groups.split(CHUNK_NUMEL // GROUP)]).bfloat16()
+    return torch.cat([_moments(part.float(), shapes) for part in torch.split(groups, CHUNK_NUMEL // GROUP)]).bfloat16()
 
 
 def _moments(groups: Tensor, shapes: Sequence[Shape]) -> Tensor:

@@ -56,6 +56,11 @@ def traced_records(
     """
     if not callable(model):
         raise ConfigError(f"model must be a torch.nn.Module or a function, got {type(model).__name__}")
+    if config.pruning == "samples":
+        raise ConfigError(
+            "config must say how much is stored whatever the values are, got pruning='samples': train one step and "
+            "call actcompile.report"
+        )
     # Interpreted graphs that draw random numbers as those of the wanted lowering do: the rows are the same.
     options = {"config": replace(config, lowering="eager"), "inductor": random_settings(config.lowering)}
     modules = list(reachable_modules(model))

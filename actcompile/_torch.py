@@ -19,10 +19,12 @@ from torch import fx
 from torch._dynamo import trace_rules
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.source import ConstantSource
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import CompileContext, TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
 from torch._inductor.dtype_propagation import DtypePropagationOpsHandler
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -43,6 +45,7 @@ __all__ = [
     "NEEDS_VALUES",
     "TRAINING_SETTINGS",
     "CustomPartitionerFn",
+    "HigherOrderOperator",
     "Interpret",
     "add_scalar_input",
     "belongs_to_module",
@@ -54,11 +57,13 @@ __all__ = [
     "default_store",
     "fake_mode_for",
     "get_hash_for_files",
+    "has_saved_tensor_hooks",
     "interpret_plainly",
     "is_fake",
     "is_part_of_model",
     "isolated_compile",
     "mark_dynamic_batch",
+    "min_cut_rematerialization_partition",
     "mode_options",
     "num_in_memory",
     "own_code",
@@ -216,6 +221,11 @@ def interpret_plainly(graph: fx.GraphModule, is_backward: bool) -> Callable[[lis
 def fake_mode_for(values: Sequence[Any]) -> FakeTensorMode:
     """A mode under which no operator computes: that of ``values`` if they are fake already, else a new one."""
     return torch._guards.detect_fake_mode(list(values)) or FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def has_saved_tensor_hooks() -> bool:
+    """Whether tensors that autograd saves right now go through hooks, as inside of a checkpoint."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def is_fake(value: object) -> bool:

@@ -51,6 +51,7 @@ from .passes.partition import baseline, partition
 from .plan import Plan, Role
 from .planner import make_plan
 from .rng import next_seed
+from .sample_pruning import prune_by_samples
 from .sensitivity import Probe
 from .solving import found_plan, solved_again
 
@@ -113,6 +114,8 @@ def compile_graph(
     if isinstance(config.plan, Plan):
         check_model(config.plan, sites, is_part_of_model())
     record = records.add(config, roles, sites, settings)
+    if config.pruning == "samples":
+        return prune_by_samples(graph, inputs, config, record)
     seeded, fake_seed = add_scalar_input(graph, "actcompile_seed", torch.zeros((), dtype=torch.int64, device=device))
     roles = [*roles, Role.SEED]
     # What Dynamo made of the inputs is there once only; later they would be traced with dynamic shapes.

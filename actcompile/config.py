@@ -19,7 +19,7 @@ DEFAULT_MIN_NUMEL = 4096
 
 # Elements of which ``sparsity`` drops a share, and what ``auto`` chooses from: 1.2 to 2.8 bits per element in float32.
 SPARSE_BLOCK = 256
-PRUNINGS = (
+AUTO_PRUNINGS = (
     Pruning(2, 16, 4),
     Pruning(2, 16, 8),
     Pruning(51, SPARSE_BLOCK, 4),
@@ -42,6 +42,13 @@ LEVELS: Mapping[str, Mapping[str, Any]] = {
 
 RECOMPUTE = ("none", "cheap", "full")
 LOWERINGS = ("inductor", "eager")
+PRUNING_RULES = ("blocks", "samples")
+
+# Back Razor's rule says by itself what is stored.
+_NOT_WITH_SAMPLES = (
+    *("bits", "memory", "noise", "auto", "sparse_value_bits", "offload", "min_numel", "overrides", "profile_every"),
+    *("plan", "level"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +70,8 @@ class Config:
             largest are stored, in ``sparse_value_bits``, and the others count as zero. Input gradients stay exact; what
             else is saved gets ``bits``. With ``auto``, which prunes where that is best anyway, no other share.
         sparse_value_bits: Bits of the values that are left: 16, 8 or 4; with ``auto``, any of them.
+        pruning: "samples" repeats Back Razor for a comparison, interpreted: linear layers, convolutions, attention and
+            LayerNorm store the largest elements of each sample, and drop the share ``sparsity``.
         recompute: "none" saves what torch.compile saves; "cheap" also recomputes what needs no matrix product; "full"
             repeats matrix products too, where ``memory`` cannot be met at 4 bits (at level L0 without loss) otherwise
             and ``offload`` is off.
@@ -89,6 +98,7 @@ class Config:
     auto: bool | None = None
     group_size: int = 256
     sparsity: float | None = None
+    pruning: str = "blocks"
     sparse_value_bits: int = 16
     recompute: str = "cheap"
     offload: bool | None = None
@@ -119,6 +129,21 @@ class Config:
             ConfigError: For a level that does not exist.
         """
         return cls(level=level, **overrides)
+
+    @classmethod
+    def back_razor(cls, sparsity: float = 0.8, **settings: Any) -> "Config":
+        """The settings that repeat Back Razor's rule, for a comparison.
+
+        Args:
+            sparsity: Share of each sample to drop, in [0, 1).
+            **settings: Other fields, such as ``skip``.
+
+        Raises:
+            ConfigError: For a share outside of that, or a setting that the rule leaves no room for.
+
+        Source: Jiang et al., "Back Razor", NeurIPS 2022.
+        """
+        return cls(pruning="samples", sparsity=sparsity, **settings)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "Config":
@@ -174,7 +199,7 @@ class Config:
     def prunings(self) -> tuple[Pruning, ...]:
         """What tensors may be pruned to, from the fewest bytes: as ``sparsity`` says, or what ``auto`` chooses from."""
         if self.sparsity is None:
-            return PRUNINGS if self.automatic else ()
+            return AUTO_PRUNINGS if self.automatic else ()
         kept = num_kept(self.sparsity, SPARSE_BLOCK)
         widths = sorted(VALUE_BITS) if self.automatic else [self.sparse_value_bits]
         return tuple(Pruning(kept, SPARSE_BLOCK, bits) for bits in widths)
@@ -297,7 +322,7 @@ def _check_numbers(config: Config) -> None:
 
 
 def _check_choices(config: Config) -> None:
-    for name, choices in (("recompute", RECOMPUTE), ("lowering", LOWERINGS)):
+    for name, choices in (("recompute", RECOMPUTE), ("lowering", LOWERINGS), ("pruning", PRUNING_RULES)):
         value = getattr(config, name)
         if value not in choices:
             raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
@@ -328,6 +353,21 @@ def _check_overrides(config: Config) -> None:
             )
 
 
+def _check_pruning(config: Config) -> None:
+    if config.pruning != "samples":
+        return
+    if config.sparsity is None:
+        raise ConfigError("pruning='samples' needs the share to drop, got sparsity=None: give sparsity=0.8")
+    values = [(name, getattr(config, name)) for name in _NOT_WITH_SAMPLES]
+    others = [f"{name}={value!r}" for name, value in values if value not in (None, False, (), _DEFAULTS[name])]
+    if others:
+        raise ConfigError(
+            "pruning='samples' says by itself what is stored, as Back Razor does, got it beside "
+            f"{', '.join(others)}: leave out one of them"
+        )
+
+
+_DEFAULTS: Mapping[str, Any] = {f.name: f.default for f in fields(Config)}
 _CHECKS = (
     _check_targets,
     _check_bits,
@@ -335,4 +375,5 @@ _CHECKS = (
     _check_numbers,
     _check_choices,
     _check_overrides,
+    _check_pruning,
 )

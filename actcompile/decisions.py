@@ -49,6 +49,9 @@ def encoded_nbytes(row: SavedTensor, decision: Decision) -> int:
             return quantized_nbytes(row.numel, decision.bits, decision.group_size, row.dtype)
         case Action.SPARSIFY:
             return sparsified_nbytes(row.numel, *decision.pruning, row.dtype)
+        case Action.PRUNE:
+            assert decision.nbytes is not None
+            return decision.nbytes
         case Action.RECOMPUTE:
             return 0
 

@@ -40,6 +40,8 @@ _FITS: Mapping[Action, Callable[[torch.dtype], bool]] = {
     Action.NARROW: lambda dtype: dtype in (torch.int64, torch.int32, torch.int16),
     Action.QUANTIZE: lambda dtype: dtype.is_floating_point,
     Action.SPARSIFY: lambda dtype: dtype.is_floating_point,
+    # How much it stores is found as a graph is interpreted: no plan holds it.
+    Action.PRUNE: lambda dtype: False,
     Action.RECOMPUTE: lambda dtype: dtype.is_floating_point,
 }
 

@@ -38,9 +38,10 @@ class Action(str, Enum):
 
     KEEP = "keep"  # stored as it is
     PACK = "pack"  # a bool tensor, one bit per element
-    NARROW = "narrow"  # integers, in the narrowest type that holds their range
+    NARROW = "narrow"  # in a narrower type: integers, in the narrowest that holds their range
     QUANTIZE = "quantize"  # codes of a few bits per element, with a scale and a zero point per group
     SPARSIFY = "sparsify"  # the largest elements of each block and where they lie; the others come back as zero
+    PRUNE = "prune"  # the largest elements of each sample, as many as there are
     RECOMPUTE = "recompute"  # not stored: the backward computes it again from other saved tensors
 
     def __str__(self) -> str:
@@ -114,7 +115,8 @@ class Decision:
     """What is stored in place of one saved tensor, and why; with ``offload``, in the host's memory.
 
     ``bits`` are those of a code or, with ``keep`` of each ``block``, of a value that is left. ``by_size`` says that it
-    is kept because of its size alone: another batch size decides again.
+    is kept because of its size alone: another batch size decides again. ``nbytes`` is what was stored where that
+    depends on the values.
     """
 
     action: Action
@@ -124,6 +126,7 @@ class Decision:
     dtype: torch.dtype | None = None
     by_size: bool = False
     offload: bool = False
+    nbytes: int | None = None
     keep: int | None = None
     block: int | None = None
 

@@ -24,6 +24,8 @@ __all__ = ["ProbedGraph", "counted_nbytes", "host_nbytes", "make_plan", "predict
 
 # How far sensitivities may be off: bits below uniform ones have to promise more than this.
 _TRUST = 1.4
+# How far what pruning adds may be estimated too low, where more than gradients of weights read the tensor.
+_CAUTION = 2.0
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class _Choice:
             for index, row in chosen
         ]
         options = [
-            [Option(stored_nbytes(row, way), noise_of(row, way, graphs[index].profile)) for way in row_ways]
+            [Option(stored_nbytes(row, way), _cautious_noise(row, way, graphs[index].profile)) for way in row_ways]
             for (index, row), row_ways in zip(chosen, ways, strict=True)
         ]
         exact = sum(counted_nbytes(graph.rows, plan) for graph, plan in zip(graphs, plans, strict=True))
@@ -171,12 +173,18 @@ class _Choice:
         return self.plans(self._certain(picked, nbytes))
 
     def _certain(self, picked: list[int], nbytes: float) -> list[int]:
-        """``picked``; where that promises too little, what is no worse than uniform bits whatever the sensitivities."""
+        """``picked``; where that promises too little, the best way that is the same for all rows, with more bytes where
+        there are some left: no worse whatever the sensitivities.
+        """
         uniform = self._uniform(nbytes)
         if uniform is None or self._noise(picked) * _TRUST <= self._noise(uniform):
             return picked
         finer = [
-            [index for index, option in enumerate(ways) if option.noise <= ways[least].noise]
+            [
+                index
+                for index, option in enumerate(ways)
+                if index == least or (option.noise <= ways[least].noise and option.nbytes > ways[least].nbytes)
+            ]
             for ways, least in zip(self.options, uniform, strict=True)
         ]
         options = [[ways[index] for index in kept] for ways, kept in zip(self.options, finer, strict=True)]
@@ -185,16 +193,16 @@ class _Choice:
         return [kept[index] for kept, index in zip(finer, found, strict=True)]
 
     def _uniform(self, nbytes: float) -> list[int] | None:
-        """The codes of most bits, the same for all rows, that fit into ``nbytes``; None when none do."""
-        for bits in reversed(CODE_BITS):
-            picked = [
-                next((i for i, way in enumerate(ways) if (way.action, way.bits) == (Action.QUANTIZE, bits)), None)
-                for ways in self.ways
-            ]
+        """Of the ways that are the same for all rows and fit into ``nbytes``, that of the least noise; None when none
+        do.
+        """
+        found = []
+        for format in dict.fromkeys(_format_of(way) for ways in self.ways for way in ways if way.bits is not None):
+            picked = [next((i for i, way in enumerate(ways) if _format_of(way) == format), None) for ways in self.ways]
             indices = [index for index in picked if index is not None]
             if len(indices) == len(self.ways) and self._nbytes(indices) <= nbytes:
-                return indices
-        return None
+                found.append(indices)
+        return min(found, key=self._noise, default=None)
 
     def _nbytes(self, picked: Sequence[int]) -> int:
         return sum(ways[index].nbytes for ways, index in zip(self.options, picked, strict=True))
@@ -232,6 +240,17 @@ def _given(graph: ProbedGraph, config: Config, coarse: Plan) -> Plan:
             is_rounded = probed.action is Action.QUANTIZE and config.noise is None
             decisions[row.key] = replace(probed, offload=False) if is_rounded else UNKNOWN_NOISE
     return replace(lossless, decisions=decisions)
+
+
+def _cautious_noise(row: SavedTensor, way: Decision, profile: Profile) -> float:
+    """The noise that ``way`` is chosen by."""
+    is_estimate = way.action is Action.SPARSIFY and not row.is_layer_input
+    return noise_of(row, way, profile) * (_CAUTION if is_estimate else 1.0)
+
+
+def _format_of(way: Decision) -> tuple[object, ...]:
+    """What ``way`` has in common with the same way to store another row."""
+    return way.action, way.bits, way.keep, way.block
 
 
 def _bits_per_element(row: SavedTensor, way: Decision) -> float | None:

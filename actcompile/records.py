@@ -78,9 +78,17 @@ class GraphRecord:
             stored = sum(stored_nbytes(row, plan[row.key]) for row in rows if row.role is Role.ACTIVATION)
             self.probe.see(pair, self.timeline.peak_nbytes - stored)
 
-    def predicted_timeline(self) -> Timeline:
-        """What is alive in a step of the traced sizes: of the compiled code, unless the graph is interpreted."""
-        assert self.timeline is not None
+    def measure(self, rows: Sequence[SavedTensor], plan: Plan) -> None:
+        """Fills in what a forward that is not planned ahead stored."""
+        self.rows, self.plan = list(rows), plan
+
+    def predicted_timeline(self) -> Timeline | None:
+        """What is alive in a step of the traced sizes: of the compiled code, unless the graph is interpreted.
+
+        None where nothing was planned ahead.
+        """
+        if self.timeline is None:
+            return None
         return self.symbolic_timeline().at() if self.lowering == "inductor" else self.timeline
 
     def symbolic_timeline(self) -> SymbolicTimeline:

@@ -75,7 +75,7 @@ class Report:
     baseline_nbytes: int
     timelines: tuple[Timeline, ...] = ()
     predicted_noise: float | None = None
-    _predictions: tuple[Callable[[], Timeline], ...] = field(default=(), repr=False, compare=False)
+    _predictions: tuple[Callable[[], Timeline | None], ...] = field(default=(), repr=False, compare=False)
 
     @property
     def saved_nbytes(self) -> int:
@@ -95,13 +95,16 @@ class Report:
         return self.baseline_nbytes / self.saved_nbytes
 
     @property
-    def predicted_peak_nbytes(self) -> int:
+    def predicted_peak_nbytes(self) -> int | None:
         """The most bytes alive at once in a step that starts without gradients; those that it makes are counted.
 
         Parameters, inputs of the caller's and optimizer state are left out. Graphs that Inductor compiles are lowered
-        and scheduled for this, when it is asked for: their kernels are fused, and no C++ is compiled.
+        and scheduled for this, when it is asked for: their kernels are fused, and no C++ is compiled. None with
+        ``pruning="samples"``, which stores as much as the values of a step say.
         """
-        return step_peak([predict() for predict in self._predictions] or self.timelines)
+        found = [predict() for predict in self._predictions] or self.timelines
+        known = [timeline for timeline in found if timeline is not None]
+        return step_peak(known) if len(known) == len(found) else None
 
     def __str__(self) -> str:
         if not self.rows:

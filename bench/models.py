@@ -92,7 +92,7 @@ def make_bert(
     attention: str = "sdpa",
     device: torch.device | str = "cpu",
 ) -> Workload:
-    """Hugging Face's BertForSequenceClassification, small, with its usual dropout; ``attention`` is one of its names."""
+    """Hugging Face's BertForSequenceClassification, small, with its usual dropout; ``attention`` as it names it."""
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """Pruning against few bits at the same bytes, and both mixed: ``python -m bench.pruning``.
 
-Models of bench/cases.py. Formats are compared in pairs that take about the same bytes, each for every tensor that can be
-rounded; "auto" is what the planner chooses within the bytes of the smaller of the two, "auto, codes" what it chooses
+Models of bench/cases.py. Formats are compared in pairs that take about the same bytes, each for every tensor that can
+be rounded; "auto" is what the planner chooses within the bytes of the smaller of the two, "auto, codes" what it chooses
 when it may not prune. The noise of each is predicted from one probe and measured by bench/replay.py.
 """
 
@@ -14,7 +14,7 @@ from unittest import mock
 from tabulate import tabulate
 
 from actcompile import Config, config
-from actcompile.config import PRUNINGS
+from actcompile.config import AUTO_PRUNINGS
 from actcompile.plan import Pruning
 from actcompile.planner import ProbedGraph, counted_nbytes, make_plan, solve
 
@@ -39,8 +39,8 @@ METHODS = ("auto", "auto, codes")
 
 def measure(case: Case, draws: int) -> None:
     """Appends a row per format and per pair and method."""
-    everything = tuple(dict.fromkeys((*PRUNINGS, *(way for way in FORMATS.values() if isinstance(way, Pruning)))))
-    with mock.patch.object(config, "PRUNINGS", everything):
+    everything = tuple(dict.fromkeys((*AUTO_PRUNINGS, *(way for way in FORMATS.values() if isinstance(way, Pruning)))))
+    with mock.patch.object(config, "AUTO_PRUNINGS", everything):
         rows, profile = case.profile()
     replay = case.replay()
     keys = [row.key for row in replay.rows]
@@ -49,8 +49,8 @@ def measure(case: Case, draws: int) -> None:
     for pair in PAIRS:
         plans: dict[str, Mapping[str, Way]] = {name: dict.fromkeys(keys, FORMATS[name]) for name in pair}
         budget = min(ways_nbytes(replay.rows, plans[name]) for name in pair)
-        for method, prunings in zip(METHODS, (PRUNINGS, ()), strict=True):
-            with mock.patch.object(config, "PRUNINGS", prunings):
+        for method, prunings in zip(METHODS, (AUTO_PRUNINGS, ()), strict=True):
+            with mock.patch.object(config, "AUTO_PRUNINGS", prunings):
                 (plan,) = solve([ProbedGraph(rows, profile)], Config(memory=budget + others), budget + others)
             plans[method] = {key: way for key, way in ways_of(plan).items() if key in keys}
         for name, ways in plans.items():

@@ -43,10 +43,11 @@ def source_line(node: fx.Node) -> str:
 def call_sites(graph: fx.Graph) -> tuple[str, ...]:
     """What a graph of Dynamo's computes, without sizes: module and function of every node that yields tensors."""
     calls = (node for node in graph.nodes if node.op in ("call_function", "call_method", "call_module"))
-    return tuple(f"{module_path(node)}/{_called(node)}" for node in calls if _yields_tensors(node))
+    return tuple(f"{module_path(node)}/{called(node)}" for node in calls if _yields_tensors(node))
 
 
-def _called(node: fx.Node) -> str:
+def called(node: fx.Node) -> str:
+    """Short name of what a node of Dynamo's graph calls."""
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 

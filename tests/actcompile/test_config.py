@@ -27,6 +27,16 @@ REJECTED = [
     ({"sparsity": 0.8, "plan": "plan.json"}, ["plan and sparsity"]),
     ({"sparsity": True}, ["a share of dropped elements", "True"]),
     ({"sparsity": 1.2}, ["a share of dropped elements in [0, 1)", "1.2", "try 0.8"]),
+    ({"pruning": "rows"}, ["pruning must be one of blocks, samples", "'rows'"]),
+    ({"pruning": "samples"}, ["needs the share to drop", "sparsity=None", "give sparsity=0.8"]),
+    ({"pruning": "samples", "sparsity": 1.0}, ["a share of dropped elements in [0, 1)", "1.0"]),
+    *(
+        ({"pruning": "samples", "sparsity": 0.8, name: value}, ["says by itself what is stored", name, "leave out"])
+        for name, value in {
+            **{"bits": 4, "auto": True, "memory": 0.5, "noise": 0.1, "offload": True, "level": "L1"},
+            **{"min_numel": 64, "overrides": {"head": 8}, "profile_every": 9, "sparse_value_bits": 8},
+        }.items()
+    ),
     ({"sparse_value_bits": 5}, ["sparse_value_bits must be one of 16, 8, 4", "5"]),
     ({"noise": 0}, ["noise must be a positive relative variance", "0", "try 0.01"]),
     ({"min_numel": -1}, ["min_numel must be an integer from 0 up", "-1"]),
@@ -66,6 +76,15 @@ def test_a_sparsity_prunes_blocks_to_their_share() -> None:
     assert Config(sparsity=0.8, auto=True).prunings == ((51, 256, 4), (51, 256, 8), (51, 256, 16))
     assert len(Config(auto=True).prunings) > 3
     assert Config(sparsity=0.8, bits=32).lossy
+
+
+def test_back_razor() -> None:
+    assert Config.back_razor() == Config(pruning="samples", sparsity=0.8)
+    assert Config.back_razor(0.9, skip=("head",)) == Config(pruning="samples", sparsity=0.9, skip=("head",))
+    # What changes nothing is no contradiction.
+    assert Config.back_razor(0.0, auto=False, offload=False, min_numel=0).sparsity == 0.0
+    with pytest.raises(ConfigError, match="bits=4"):
+        Config.back_razor(bits=4)
 
 
 def test_default_is_4_bits() -> None:

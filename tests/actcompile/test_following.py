@@ -178,6 +178,7 @@ def test_every_action_says_what_it_fits() -> None:
         (Decision(Action.NARROW, "", dtype=torch.uint8), torch.bfloat16),
         (Decision(Action.NARROW, "", dtype=torch.uint8), torch.bool),
         (Decision(Action.RECOMPUTE, ""), torch.bool),
+        (Decision(Action.PRUNE, "", nbytes=64), torch.float32),
     ],
 )
 def test_decisions_that_do_not_fit(decision: Decision, dtype: torch.dtype) -> None:
