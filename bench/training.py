@@ -1,6 +1,6 @@
 """Training with exact and with compressed activations: ``python -m bench.training``.
 
-Two tasks (bench/tasks.py), every variant with the same seeds: the seed decides initial weights, dropout and the order
+Three tasks (bench/tasks.py), every variant with the same seeds: the seed decides initial weights, dropout and the order
 of the data. After each run one row is appended to bench/results/training.csv; a run that this commit has a row of is
 left out, and the tables are made from the last row of each run, so that runs may be spread over several calls.
 """
@@ -31,6 +31,23 @@ VARIANTS: Mapping[str, Callable[[nn.Module], Callable[..., Any]]] = {
     "uniform 4 bits": lambda model: compile_act(model, bits=4, inductor=_RANDOM),
     "auto 2 bits": lambda model: compile_act(model, bits=2, auto=True, inductor=_RANDOM),
     "uniform 2 bits": lambda model: compile_act(model, bits=2, inductor=_RANDOM),
+    **{
+        f"sparsity {share}": lambda model, share=share: compile_act(
+            model, sparsity=share, sparse_value_bits=8, inductor=_RANDOM
+        )
+        for share in (0.8, 0.9)
+    },
+    # Every linear layer's input is stored, and so pruned, instead of being computed again.
+    **{
+        f"sparsity {share}, none": lambda model, share=share: compile_act(
+            model, sparsity=share, sparse_value_bits=8, recompute="none", inductor=_RANDOM
+        )
+        for share in (0.8, 0.9)
+    },
+    **{
+        f"Back Razor {share}": lambda model, share=share: compile_act(model, pruning="samples", sparsity=share)
+        for share in (0.8, 0.9)
+    },
 }
 BASELINE = "exact"
 # Of the training steps, those that compile.
@@ -105,7 +122,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder with glue/MRPC")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder with glue/MRPC and glue/RTE")
     parser.add_argument("--steps", type=int, help="no more than so many, to try it out; appends nothing")
     parser.add_argument("--again", action="store_true", help="also what this commit has measured already")
     arguments = parser.parse_args()
