@@ -44,6 +44,6 @@ def _candidates(pair: GraphPair) -> list[int]:
     """Lengths of the first dimensions of what the caller passed, those of the largest tensors first."""
     numels: Counter[int] = Counter()
     for node, role in pair.roles.items():
-        if role in (Role.INPUT, Role.BOUNDARY) and is_tensor(node) and node.meta["val"].dim():
+        if role in (Role.INPUT, Role.PADDING, Role.BOUNDARY) and is_tensor(node) and node.meta["val"].dim():
             numels[hint(node.meta["val"].shape[0])] += hint(node.meta["val"].numel())
     return [size for size, _ in numels.most_common() if size > 1]

@@ -81,7 +81,7 @@ class Growth:
         roles = self._pair.roles
         for node in self._pair.forward.graph.find_nodes(op="placeholder"):
             value = node.meta.get("val")
-            is_batch = roles[node] in (Role.INPUT, Role.BOUNDARY) and is_tensor(node) and value.dim()
+            is_batch = roles[node] in (Role.INPUT, Role.PADDING, Role.BOUNDARY) and is_tensor(node) and value.dim()
             self._enter(node, 0 if is_batch and hint(value.shape[0]) == self._size else None)
         for node in self._pair.forward.graph.nodes:
             if node.op not in ("placeholder", "output"):

@@ -26,6 +26,7 @@ _COLORS = {
     Action.NARROW: "#CC79A7",
     Action.QUANTIZE: "#0072B2",
     Action.SPARSIFY: "#56B4E9",
+    Action.SAMPLE: "#D55E00",
     Action.PRUNE: "#F0E442",
     Action.RECOMPUTE: "#009E73",
 }

@@ -1,4 +1,4 @@
-"""What pruning a saved tensor adds to the gradient.
+"""What pruning a saved tensor, or sampling its rows, adds to the gradient.
 
 Pruning x takes a known error d away from it, x itself where an element is dropped, so that it adds a bias to the
 gradient, |J d|^2 to first order, J = dg/dx. Rounding what is left to few bits adds a variance, as codes do.
@@ -29,6 +29,7 @@ from .passes._weight_grads import WeightGrad, WeightGrads
 from .plan import Pruning, Role, Sensitivity
 from .triton_kernels._layout import to_storage_order
 from .triton_kernels._topk_sizes import group_numel
+from .triton_kernels.rows import inclusion_probability, num_kept_rows, row_norms, sampling_variance
 
 # Fewer rows or columns than this say too little.
 _MIN_SUMS = 16
@@ -44,6 +45,7 @@ class PruningNoise:
         input_roles: Roles of the inputs whose gradients it returns.
         keys: Row keys of what it decodes.
         prunings: What tensors may be pruned to.
+        rows: The share of rows that may be sampled of layer inputs.
     """
 
     def __init__(
@@ -52,10 +54,14 @@ class PruningNoise:
         input_roles: Sequence[Role],
         keys: Mapping[fx.Node, str],
         prunings: Sequence[Pruning],
+        rows: float | None = None,
     ) -> None:
         weights, self._prunings = WeightGrads(graph, input_roles), prunings
         self.shapes = shapes_of(prunings)
         readers = {node: weights.of(node) for node in keys} if prunings else {}
+        matrices = {node: found for node, found in readers.items() if all(one.reads_rows_of(node) for one in found)}
+        self._share, self._features = rows, {keys[n]: found[0].in_features for n, found in matrices.items() if found}
+        self._samplings: dict[str, float] = defaultdict(float)
         others = {keys[node] for node, found in readers.items() if not found}
         self._weights = {key: dict.fromkeys(self.shapes, 0.0) for key in keys.values() if key not in others}
         self._readers = {
@@ -78,6 +84,8 @@ class PruningNoise:
     def weigh(self, key: str, value: Tensor, cotangent: Tensor, dropped: Dropped) -> None:
         """Takes a tensor, or some samples of it as ``dropped`` says, and u, which is of the same v for all samples."""
         u = cotangent.float()
+        if self._share is not None and key in self._weights and key in self._features:
+            self._samplings[key] += _sampling(value, u, self._features[key], self._share)
         for shape in self.shapes:
             share = lost_share(value, shape)
             errors = [dropped.mean(shape), *([] if key in self._weights else [value])]
@@ -101,7 +109,8 @@ class PruningNoise:
                 pruning: biases[pruning.keep, pruning.block] + scale * self._roundings[key, pruning]
                 for pruning in self._prunings
             }
-            found[key] = replace(found[key], pruned=pruned)
+            sampled = scale * self._samplings[key] if key in self._samplings else None
+            found[key] = replace(found[key], pruned=pruned, sampled=sampled)
         return found
 
     def _bias(self, key: str, shape: Shape) -> float:
@@ -145,6 +154,14 @@ def _weight_bias(reader: WeightGrad, values: Mapping[fx.Node, Any], shape: Shape
     if node is not reader.node:
         change = change.sum(0)
     return float(change.float().square().sum())
+
+
+def _sampling(value: Tensor, u: Tensor, in_features: int, share: float) -> float:
+    """The variance that sampling rows adds; |u_m|^2 of a row has |g_m|^2 times their number of elements as its mean."""
+    x, cotangents = (to_storage_order(tensor).view(-1, in_features) for tensor in (value, u))
+    norms = row_norms(x)
+    p = inclusion_probability(norms, num_kept_rows(share, len(x)))
+    return float(sampling_variance(norms * cotangents.norm(dim=1), p)) / in_features
 
 
 def _rounding(value: Tensor, u: Tensor, share: Tensor, pruning: Pruning) -> float:

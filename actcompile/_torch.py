@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import FunctionType
@@ -48,6 +49,7 @@ __all__ = [
     "HigherOrderOperator",
     "Interpret",
     "add_scalar_input",
+    "argument_name",
     "belongs_to_module",
     "check_cpp_compiler",
     "compile_in_place",
@@ -117,6 +119,15 @@ def belongs_to_module(placeholder: fx.Node) -> bool:
     # A method until 2.12.
     kind = source.guard_source() if callable(source.guard_source) else source.guard_source
     return bool(kind.is_specialized_nn_module() or kind.is_unspecialized_nn_module() or kind.is_fsdp_module())
+
+
+def argument_name(placeholder: fx.Node) -> str:
+    """The name of the argument or local variable that an input of Dynamo's graph comes from, or an empty string."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    # A property since 2.10.
+    name = "" if source is None else source.name() if callable(source.name) else source.name
+    found = re.search(r"\['(\w+)'\]$", name)
+    return found.group(1) if found else ""
 
 
 def copied(graph: fx.GraphModule) -> fx.GraphModule:

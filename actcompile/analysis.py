@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,7 +19,7 @@ from .passes._fx import (
 )
 from .passes._naming import module_path, operator_name, source_line
 from .passes._views import VALUE_PRESERVING_OPS, storage, value_chain
-from .passes._weight_grads import WeightGrads
+from .passes._weight_grads import WeightGrad, WeightGrads
 from .plan import Recomputation, Role, SavedTensor
 
 aten = torch.ops.aten
@@ -88,8 +88,18 @@ def analyze(pair: GraphPair) -> list[SavedTensor]:
         is_leaf = len(gradients[slot.placeholder]) == 1 or len(readers) == 1
         kind = "leaf" if is_leaf else "path"
         recomputation = _recomputation(slot, keys)
-        rows.append(replace(row, kind=kind, is_layer_input=bool(readers), recomputation=recomputation))
+        num_rows = _num_rows(slot.placeholder, readers)
+        found = replace(row, kind=kind, is_layer_input=bool(readers), num_rows=num_rows, recomputation=recomputation)
+        rows.append(found)
     return rows
+
+
+def _num_rows(placeholder: fx.Node, readers: Sequence[WeightGrad]) -> int:
+    """Rows of the one matrix that all readers multiply by; 0 when there is none."""
+    features = {reader.in_features for reader in readers if reader.reads_rows_of(placeholder)}
+    if len(features) != 1 or not all(reader.reads_rows_of(placeholder) for reader in readers):
+        return 0
+    return hint(placeholder.meta["val"].numel()) // features.pop()
 
 
 def _describe(pair: GraphPair, slot: Slot, returned: set[fx.Node]) -> SavedTensor:
@@ -133,7 +143,7 @@ def _obstacle(pair: GraphPair, slot: Slot, role: Role, is_returned: bool) -> str
     """Why a tensor must stay exact, or an empty string."""
     source = slot.source
     value = source.meta["val"]
-    if role in (Role.PARAMETER, Role.BUFFER, Role.INPUT, Role.SEED):
+    if role in (Role.PARAMETER, Role.BUFFER, Role.INPUT, Role.PADDING, Role.SEED):
         return f"the {role} is there anyway"
     if is_returned:
         return "the caller holds it: it is an output of the graph"

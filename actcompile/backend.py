@@ -25,6 +25,7 @@ from ._torch import (
     CustomPartitionerFn,
     Interpret,
     add_scalar_input,
+    argument_name,
     belongs_to_module,
     check_cpp_compiler,
     compile_pair,
@@ -108,7 +109,8 @@ def compile_graph(
     if not torch.is_grad_enabled() or not any(_requires_grad(value) for value in inputs):
         return compile_pair(graph, inputs, partitioner=None, interpret=interpret, settings=settings)
     roles = [
-        input_role(node, value) for node, value in zip(graph.graph.find_nodes(op="placeholder"), inputs, strict=True)
+        input_role(node, value, config.padding)
+        for node, value in zip(graph.graph.find_nodes(op="placeholder"), inputs, strict=True)
     ]
     sites = call_sites(graph.graph)
     if isinstance(config.plan, Plan):
@@ -153,7 +155,8 @@ class Probed:
         compile_with: Callable[[Plan | None, Interpret | None], Callable[..., Any]],
         interpret: Interpret | None,
     ) -> None:
-        self._probe = record.probe = Probe(record.roles, prunings=record.config.prunings)
+        config = record.config
+        self._probe = record.probe = Probe(record.roles, prunings=config.prunings, rows=config.rows)
         self._record = record
         self._reenter = reentrant_tracing()
         self._interpreted = compile_with(None, self._probe.interpret)
@@ -253,8 +256,8 @@ def _sources() -> tuple[str, ...]:
     return tuple(sorted(str(source) for folder in folders for source in folder.glob("*.py")))
 
 
-def input_role(placeholder: fx.Node, value: Any) -> Role:
-    """Who holds a graph input besides the graph."""
+def input_role(placeholder: fx.Node, value: Any, padding: str | None = None) -> Role:
+    """Who holds a graph input besides the graph; ``padding`` names the model's argument that marks padding."""
     example = placeholder.meta.get("example_value", value)
     if not isinstance(example, torch.Tensor):
         return Role.INPUT
@@ -262,6 +265,8 @@ def input_role(placeholder: fx.Node, value: Any) -> Role:
         return Role.PARAMETER
     if example.requires_grad:
         return Role.PARAMETER if example.is_leaf else Role.BOUNDARY
+    if padding is not None and argument_name(placeholder) == padding:
+        return Role.PADDING
     return Role.BUFFER if belongs_to_module(placeholder) else Role.INPUT
 
 

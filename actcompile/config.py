@@ -46,6 +46,7 @@ PRUNING_RULES = ("blocks", "samples")
 
 # Back Razor's rule says by itself what is stored.
 _NOT_WITH_SAMPLES = (
+    *("rows", "padding"),
     *("bits", "memory", "noise", "auto", "sparse_value_bits", "offload", "min_numel", "overrides", "profile_every"),
     *("plan", "level"),
 )
@@ -72,6 +73,12 @@ class Config:
         sparse_value_bits: Bits of the values that are left: 16, 8 or 4; with ``auto``, any of them.
         pruning: "samples" repeats Back Razor for a comparison, interpreted: linear layers, convolutions, attention and
             LayerNorm store the largest elements of each sample, and drop the share ``sparsity``.
+        rows: Share of the rows, those of tokens, that are stored of what weight gradients alone read, in codes of
+            ``bits``: large ones for certain, others at random, weighted so that the mean is exact. The products of
+            weight gradients become smaller by as much. With ``auto``, where that is best.
+        padding: Name of the model's argument that is zero for padding, [batch, tokens]: only other tokens are sampled,
+            and while ``rows`` is enough for them, nothing is left out. Where padding has a gradient, that of the weight
+            is nan.
         recompute: "none" saves what torch.compile saves; "cheap" also recomputes what needs no matrix product; "full"
             repeats matrix products too, where ``memory`` cannot be met at 4 bits (at level L0 without loss) otherwise
             and ``offload`` is off.
@@ -100,6 +107,8 @@ class Config:
     sparsity: float | None = None
     pruning: str = "blocks"
     sparse_value_bits: int = 16
+    rows: float | None = None
+    padding: str | None = None
     recompute: str = "cheap"
     offload: bool | None = None
     min_numel: int | None = None
@@ -207,7 +216,11 @@ class Config:
     @property
     def lossy(self) -> bool:
         """Whether any saved tensor may come back with an error; a plan must be resolved."""
-        chosen = self.plan.lossy if isinstance(self.plan, Plan) else (self.code_bits, self.sparsity) != (None, None)
+        chosen = (
+            self.plan.lossy
+            if isinstance(self.plan, Plan)
+            else (self.code_bits, self.sparsity, self.rows) != (None, None, None)
+        )
         return chosen or any(bits != EXACT_BITS for _, bits in self.override_pairs)
 
     @property
@@ -268,7 +281,7 @@ def _check_targets(config: Config) -> None:
         raise ConfigError(f"at most one of bits, memory and noise can be the target, got {values}: keep one of them")
     if config.noise is not None and config.auto is False:
         raise ConfigError(f"noise needs sensitivities, got noise={config.noise!r} and auto=False: leave auto out")
-    others = [*given, *(name for name in ("level", "offload", "sparsity") if getattr(config, name))]
+    others = [*given, *(name for name in ("level", "offload", "sparsity", "rows") if getattr(config, name))]
     if config.plan is not None and others:
         raise ConfigError(f"a plan already says what is stored, got plan and {', '.join(others)}: give one of them")
 
@@ -306,6 +319,9 @@ def _check_numbers(config: Config) -> None:
     is_number = isinstance(sparsity, int | float) and not isinstance(sparsity, bool)
     if sparsity is not None and not (is_number and 0 <= sparsity < 1):
         raise ConfigError(f"sparsity must be a share of dropped elements in [0, 1), got {sparsity!r}: try 0.8")
+    rows = config.rows
+    if rows is not None and not (isinstance(rows, int | float) and not isinstance(rows, bool) and 0 < rows <= 1):
+        raise ConfigError(f"rows must be a share of rows to store in (0, 1], got {rows!r}: try 0.3")
     if config.sparse_value_bits not in VALUE_BITS:
         raise ConfigError(
             f"sparse_value_bits must be one of {', '.join(map(str, VALUE_BITS))}, got {config.sparse_value_bits!r}: "
@@ -353,6 +369,21 @@ def _check_overrides(config: Config) -> None:
             )
 
 
+def _check_rows(config: Config) -> None:
+    if None not in (config.rows, config.sparsity) and not config.automatic:
+        raise ConfigError(
+            "rows and sparsity both say what is stored of layer inputs, got "
+            f"rows={config.rows!r} and sparsity={config.sparsity!r}: give one of them, or auto=True, which chooses"
+        )
+    if config.padding is not None and not (isinstance(config.padding, str) and config.padding.isidentifier()):
+        raise ConfigError(f'padding must be the name of an argument, as "attention_mask", got {config.padding!r}')
+    if config.padding is not None and config.rows is None and config.plan is None:
+        raise ConfigError(
+            f"padding needs the share of rows to store, got padding={config.padding!r} and rows=None: give rows=0.5, "
+            "or what the longest batch needs"
+        )
+
+
 def _check_pruning(config: Config) -> None:
     if config.pruning != "samples":
         return
@@ -375,5 +406,6 @@ _CHECKS = (
     _check_numbers,
     _check_choices,
     _check_overrides,
+    _check_rows,
     _check_pruning,
 )

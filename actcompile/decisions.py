@@ -7,10 +7,11 @@ from fnmatch import fnmatchcase
 import torch
 
 from .config import CODE_BITS, EXACT_BITS, Config
-from .plan import Action, Decision, Profile, Pruning, Role, SavedTensor
+from .plan import Action, Decision, Profile, Pruning, Role, SavedTensor, Sensitivity
 from .triton_kernels._topk_sizes import sparsified_nbytes
 from .triton_kernels.pack_bool import packed_nbytes
 from .triton_kernels.quantize import quantized_nbytes
+from .triton_kernels.rows import num_kept_rows
 
 # Integer types from the narrowest, with the number of non-negative values each holds.
 _NARROW_TYPES = ((torch.uint8, 2**8), (torch.int16, 2**15), (torch.int32, 2**31))
@@ -49,11 +50,22 @@ def encoded_nbytes(row: SavedTensor, decision: Decision) -> int:
             return quantized_nbytes(row.numel, decision.bits, decision.group_size, row.dtype)
         case Action.SPARSIFY:
             return sparsified_nbytes(row.numel, *decision.pruning, row.dtype)
+        case Action.SAMPLE:
+            return _sampled_nbytes(row, decision)
         case Action.PRUNE:
             assert decision.nbytes is not None
             return decision.nbytes
         case Action.RECOMPUTE:
             return 0
+
+
+def _sampled_nbytes(row: SavedTensor, decision: Decision) -> int:
+    assert decision.rows is not None
+    num_rows = num_kept_rows(decision.rows, row.num_rows)
+    numel, marks = num_rows * (row.numel // row.num_rows), packed_nbytes(row.num_rows) if decision.padded else 0
+    rows = replace(decision, action=Action.KEEP if decision.bits is None else Action.QUANTIZE)
+    stored = encoded_nbytes(replace(row, numel=numel, nbytes=numel * row.dtype.itemsize), rows)
+    return stored + num_rows * (torch.int32.itemsize + torch.float32.itemsize) + marks
 
 
 def nbytes_at(row: SavedTensor, bits: float, group_size: int) -> float:
@@ -64,14 +76,23 @@ def nbytes_at(row: SavedTensor, bits: float, group_size: int) -> float:
 
 def noise_of(row: SavedTensor, decision: Decision, profile: Profile) -> float:
     """What a decision adds to E|g' - g|^2; infinite where the sensitivity of ``row`` to it is not known."""
+    known = profile.sensitivities.get(row.key)
+    if decision.action is Action.SAMPLE:
+        return _sampling_noise(known, decision)
     if decision.bits is None:
         return 0.0
-    known = profile.sensitivities.get(row.key)
     if known is None:
         return math.inf
     if decision.action is Action.SPARSIFY:
         return known.pruned.get(decision.pruning, math.inf)
     return known.noise(decision.bits)
+
+
+def _sampling_noise(known: Sensitivity | None, decision: Decision) -> float:
+    if known is None or known.sampled is None or decision.rows is None:
+        return math.inf
+    # A row that is kept counts as many times more as there are others, and so does its noise.
+    return known.sampled + (0.0 if decision.bits is None else known.noise(decision.bits) / decision.rows)
 
 
 def decide(row: SavedTensor, config: Config, bits: int | None) -> Decision:
@@ -99,6 +120,10 @@ def decide(row: SavedTensor, config: Config, bits: int | None) -> Decision:
             pruned = sparsified(f"weight gradients alone read it (sparsity={config.sparsity:g})", row, pruning)
             if encoded_nbytes(row, pruned) < row.nbytes:
                 return pruned
+    if override is None and row.num_rows and config.rows is not None and not config.automatic:
+        sampled = _sampled(f"weight gradients alone read it (rows={config.rows:g})", row, config, bits)
+        if encoded_nbytes(row, sampled) < row.nbytes:
+            return sampled
     if bits is None:
         return Decision(Action.KEEP, "the settings are lossless")
     decision = Decision(Action.QUANTIZE, reason + _caution(row), bits=bits, group_size=config.group_size)
@@ -125,11 +150,24 @@ def ways_to_store(row: SavedTensor, config: Config) -> list[Decision]:
         *(Decision(Action.QUANTIZE, reason, bits=bits, group_size=config.group_size) for bits in CODE_BITS),
         *(sparsified("least noise at these bytes", row, pruning) for pruning in config.prunings),
     ]
+    if row.num_rows and config.rows is not None:
+        ways += [_sampled("least noise at these bytes", row, config, bits) for bits in (4, 8, None)]
     smaller = [way for way in ways if stored_nbytes(row, way) < row.nbytes]
     if row.is_part and smaller:
         # Kept as it is, it would take more bytes than its own.
         return smaller
     return [*smaller, Decision(Action.KEEP, "exact is worth its bytes")]
+
+
+def _sampled(reason: str, row: SavedTensor, config: Config, bits: int | None) -> Decision:
+    return Decision(
+        Action.SAMPLE,
+        reason + _caution(row),
+        bits=bits,
+        group_size=None if bits is None else config.group_size,
+        rows=config.rows,
+        padded=config.padding is not None,
+    )
 
 
 def sparsified(reason: str, row: SavedTensor, pruning: Pruning) -> Decision:

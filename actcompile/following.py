@@ -29,7 +29,7 @@ from .decisions import (
     setting_against,
 )
 from .errors import ConfigError
-from .plan import Action, Decision, Plan, SavedTensor
+from .plan import LOSSY, Action, Decision, Plan, SavedTensor
 
 _REMEDY = "it was made for another model; make one for this model"
 
@@ -40,6 +40,7 @@ _FITS: Mapping[Action, Callable[[torch.dtype], bool]] = {
     Action.NARROW: lambda dtype: dtype in (torch.int64, torch.int32, torch.int16),
     Action.QUANTIZE: lambda dtype: dtype.is_floating_point,
     Action.SPARSIFY: lambda dtype: dtype.is_floating_point,
+    Action.SAMPLE: lambda dtype: dtype.is_floating_point,
     # How much it stores is found as a graph is interpreted: no plan holds it.
     Action.PRUNE: lambda dtype: False,
     Action.RECOMPUTE: lambda dtype: dtype.is_floating_point,
@@ -95,8 +96,9 @@ def _followed(plan: Plan, row: SavedTensor, config: Config, again: Collection[st
         return planned
     if planned.action is Action.KEEP and not planned.by_size and find_override(row, config) is None:
         return planned
-    is_lossy = planned.action in (Action.QUANTIZE, Action.SPARSIFY)
-    if not is_lossy or row.obstacle or _settings_win(row, config):
+    # Sampling is of layers' inputs alone.
+    is_possible = planned.action in LOSSY and (planned.action is not Action.SAMPLE or row.num_rows)
+    if not is_possible or row.obstacle or _settings_win(row, config):
         return _again(plan, row, config)
     return planned if encoded_nbytes(row, planned) < row.nbytes else NO_FEWER_BYTES
 

@@ -41,11 +41,16 @@ class Action(str, Enum):
     NARROW = "narrow"  # in a narrower type: integers, in the narrowest that holds their range
     QUANTIZE = "quantize"  # codes of a few bits per element, with a scale and a zero point per group
     SPARSIFY = "sparsify"  # the largest elements of each block and where they lie; the others come back as zero
+    SAMPLE = "sample"  # some rows, of tokens, and how much each counts; perhaps in codes
     PRUNE = "prune"  # the largest elements of each sample, as many as there are
     RECOMPUTE = "recompute"  # not stored: the backward computes it again from other saved tensors
 
     def __str__(self) -> str:
         return self.value
+
+
+# What may come back with an error.
+LOSSY = frozenset({Action.QUANTIZE, Action.SPARSIFY, Action.SAMPLE})
 
 
 class Role(str, Enum):
@@ -57,6 +62,7 @@ class Role(str, Enum):
     INPUT = "input"  # the caller
     BOUNDARY = "boundary"  # an activation that another graph of the same model computed
     SEED = "seed"  # of the rounding noise
+    PADDING = "padding"  # the caller's, and says which tokens are no padding
 
     def __str__(self) -> str:
         return self.value
@@ -87,7 +93,8 @@ class SavedTensor:
     symbols of a dynamic graph. ``obstacle`` says why it must stay exact, or is empty; ``movable`` whether a copy of it
     elsewhere would free its memory; ``is_part`` whether it lies in memory that is larger, all of which keeping it would
     keep; ``recomputation`` how the backward could do without it; ``is_layer_input`` whether the backward reads it in
-    gradients of weights alone, so that errors in it reach nothing else.
+    gradients of weights alone, so that errors in it reach nothing else, and ``num_rows`` how many rows of tokens it has
+    where these are products of matrices.
     """
 
     key: str
@@ -108,13 +115,15 @@ class SavedTensor:
     is_part: bool = False
     recomputation: Recomputation | None = None
     is_layer_input: bool = False
+    num_rows: int = 0
 
 
 @dataclass(frozen=True)
 class Decision:
     """What is stored in place of one saved tensor, and why; with ``offload``, in the host's memory.
 
-    ``bits`` are those of a code or, with ``keep`` of each ``block``, of a value that is left. ``by_size`` says that it
+    ``bits`` are those of a code or, with ``keep`` of each ``block``, of a value that is left; ``rows`` is the share of
+    rows that are stored, with a mark for each row where ``padded``. ``by_size`` says that it
     is kept because of its size alone: another batch size decides again. ``nbytes`` is what was stored where that
     depends on the values.
     """
@@ -129,6 +138,8 @@ class Decision:
     nbytes: int | None = None
     keep: int | None = None
     block: int | None = None
+    rows: float | None = None
+    padded: bool = False
 
     @property
     def pruning(self) -> Pruning:
@@ -148,12 +159,14 @@ class Sensitivity:
         excess: What a variance v grows by among other rounded tensors, in units of v^2.
         pruned: Pruning -> E|g' - g|^2 when this tensor alone is pruned so: the square of the bias, and the variance
             that rounding what is left adds. Prunings that were not measured are not there.
+        sampled: The same when as many of its rows are sampled as the settings say, or None where that was not measured.
     """
 
     variance: Mapping[int, float]
     method: str
     excess: float = 0.0
     pruned: Mapping[Pruning, float] = field(default_factory=dict)
+    sampled: float | None = None
 
     def noise(self, bits: int) -> float:
         """The tensor's part of E|g' - g|^2 when the others are rounded, too."""
@@ -198,7 +211,7 @@ class Plan(Mapping[str, Decision]):
     def lossy(self) -> bool:
         """Whether any saved tensor may come back with an error."""
         decisions = [*self.decisions.values(), *([self.otherwise] if self.otherwise else [])]
-        return any(decision.action in (Action.QUANTIZE, Action.SPARSIFY) for decision in decisions)
+        return any(decision.action in LOSSY for decision in decisions)
 
     def to_json(self) -> str:
         """The plan as a JSON document."""

@@ -250,12 +250,13 @@ def _cautious_noise(row: SavedTensor, way: Decision, profile: Profile) -> float:
 
 def _format_of(way: Decision) -> tuple[object, ...]:
     """What ``way`` has in common with the same way to store another row."""
-    return way.action, way.bits, way.keep, way.block
+    return way.action, way.bits, way.keep, way.block, way.rows
 
 
 def _bits_per_element(row: SavedTensor, way: Decision) -> float | None:
     """Of what is stored, scales and zeros of codes left out; None where it is exact."""
-    return 8 * stored_nbytes(row, way) / row.numel if way.action is Action.SPARSIFY else way.bits
+    is_part = way.action in (Action.SPARSIFY, Action.SAMPLE)
+    return 8 * stored_nbytes(row, way) / row.numel if is_part else way.bits
 
 
 def _mean_bits(codes: Sequence[tuple[int, float | None]]) -> int | None:

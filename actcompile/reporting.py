@@ -16,7 +16,7 @@ from tabulate import tabulate
 from .config import DEFAULT_BITS
 from .decisions import noise_of
 from .memory import Timeline, step_peak
-from .plan import Action, Role, SavedTensor
+from .plan import Action, Decision, Role, SavedTensor
 from .planner import host_nbytes, predicted_noise, stored_nbytes
 from .records import GraphRecord
 
@@ -32,7 +32,8 @@ class ReportRow:
     """One saved tensor. ``nbytes`` is its own size, ``stored_nbytes`` what is stored on the device and ``host_nbytes``
     in the host's memory, metadata included.
 
-    ``kept`` says how many elements of a block are stored where the others are pruned, as "51/256", in ``bits`` each.
+    ``kept`` says how many elements of a block are stored where the others are pruned, as "51/256", in ``bits`` each, or
+    which share of the rows, as "0.5 of rows".
     ``kind`` is "leaf" when an error stays in one gradient and "path" when it travels on. ``sensitivity`` is the
     relative variance that rounding to 4 bits would add to the gradient of its graph, ``predicted_noise`` what its bits
     add; both are None as long as nothing measured them. ``method`` says how that was: "probed" or "perturbed".
@@ -230,8 +231,14 @@ def _report_row(record: GraphRecord, row: SavedTensor) -> ReportRow:
         predicted_noise=noises[1],
         host_nbytes=host_nbytes(row, decision),
         method="" if known is None else known.method,
-        kept=f"{decision.keep}/{decision.block}" if decision.action is Action.SPARSIFY else "",
+        kept=_kept(decision),
     )
+
+
+def _kept(decision: Decision) -> str:
+    if decision.action is Action.SPARSIFY:
+        return f"{decision.keep}/{decision.block}"
+    return f"{decision.rows:g} of rows" if decision.action is Action.SAMPLE else ""
 
 
 def _total_noise(records: Sequence[GraphRecord]) -> float | None:

@@ -69,15 +69,19 @@ class Probe:
         roles: Roles of the inputs of the graph; gradients of parameters count, and those handed to earlier graphs.
         seed: Of the random directions; no generator of torch's is drawn from.
         prunings: What tensors may be pruned to.
+        rows: The share of rows that may be sampled of layer inputs.
     """
 
-    def __init__(self, roles: Sequence[Role], seed: int = 0, prunings: Sequence[Pruning] = ()) -> None:
+    def __init__(
+        self, roles: Sequence[Role], seed: int = 0, prunings: Sequence[Pruning] = (), rows: float | None = None
+    ) -> None:
         self.profile: Profile | None = None
         self.is_armed = True
         self.saw_finite = True
         self._roles = roles
         self._seed = seed
         self._prunings = prunings
+        self._rows = rows
         self._rounding: dict[str, Tensor] = {}
         self._dropped: dict[str, Tensor] = {}
         self._pair: GraphPair | None = None
@@ -131,7 +135,7 @@ class Probe:
         if sliced is None:
             whole = _sweep_of(graph.graph, is_short=True)
             whole.feed(arguments)
-        pruning = PruningNoise(graph.graph, self._roles, _keys(whole), self._prunings)
+        pruning = PruningNoise(graph.graph, self._roles, _keys(whole), self._prunings, self._rows)
         if sliced is None:
             results = whole.run_and_keep(pruning.see)
             roundings = self._roundings(whole, _readers(whole))

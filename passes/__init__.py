@@ -15,6 +15,7 @@ from .offload import offload_stored
 from .pack_masks import pack_masks
 from .place_codecs import place_codecs
 from .recompute import recompute_saved
+from .sample_rows import sample_rows
 from .sparsify_linear import sparsify_linear
 from .verify import verify
 
@@ -26,6 +27,7 @@ PIPELINE: tuple[Pass, ...] = (
     recompute_saved,
     insert_codecs,
     sparsify_linear,
+    sample_rows,
     pack_masks,
     place_codecs,
     offload_stored,

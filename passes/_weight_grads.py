@@ -11,18 +11,23 @@ Other products look alike, as attention's do. These count whose result, in other
 with others, is the gradient of a parameter.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from actcompile.plan import Role
 
-from ._fx import graph_outputs, tangent_dependent
-from ._views import VALUE_PRESERVING_OPS
+from ._fx import call, graph_outputs, tangent_dependent
+from ._views import VALUE_PRESERVING_OPS, VIEW_OPS
 
 aten = torch.ops.aten
+
+# Operators whose result surely lies in the memory of their argument; others copy where they must.
+_VIEWS = VIEW_OPS - {aten.reshape.default, aten.expand.default}
 
 _PRODUCTS = frozenset({aten.mm.default, aten.bmm.default})
 _CONVOLUTION = aten.convolution_backward.default
@@ -69,6 +74,53 @@ class WeightGrad:
     def is_product(self) -> bool:
         """Whether it is no convolution's."""
         return self.node.target is not _CONVOLUTION
+
+    @property
+    def in_features(self) -> Any:
+        """K; of products alone."""
+        return self.x.meta["val"].shape[-2 if self.is_left else -1]
+
+    def reads_rows_of(self, value: fx.Node) -> bool:
+        """Whether this is one product of a matrix [M, K] whose rows lie one after the other in the memory of ``value``,
+        and K is no symbol.
+        """
+        node = self.x
+        while node is not value:
+            if node.target not in _VIEWS:
+                return False
+            # Symbolic sizes follow.
+            node = node.all_input_nodes[0]
+        x, result = self.x.meta["val"], self.node.meta["val"]
+        rows = x.transpose(-1, -2) if self.is_left else x
+        # Of a product that is batched, all results are summed, or there is one.
+        is_one = self.is_product and math.prod(result.shape[:-2]) == 1
+        return is_one and isinstance(self.in_features, int) and bool(rows.is_contiguous())
+
+    def replace(self, make: Callable[[fx.Node], fx.Node]) -> None:
+        """Lets what ``make`` inserts, [N, K] from the gradient of the layer's output [M, N], stand for ``node``."""
+        graph, result = self.node.graph, self.node.meta["val"]
+        with graph.inserting_before(self.node):
+            gradient = make(self._rows_of_gradient())
+            if self.is_left:
+                gradient = call(graph, aten.permute.default, gradient, [1, 0])
+                # Views of the product's result follow.
+                gradient = call(graph, aten.clone.default, gradient, memory_format=torch.contiguous_format)
+            if result.dim() != 2:
+                shape = [*result.shape[:-2], *gradient.meta["val"].shape]
+                gradient = call(graph, aten.reshape.default, gradient, shape)
+        self.node.replace_all_uses_with(gradient)
+        _erase_unused(self.node)
+
+    def _rows_of_gradient(self) -> fx.Node:
+        grad_out, num_dims = self.grad_out, self.grad_out.meta["val"].dim()
+        graph, swapped = grad_out.graph, [*range(num_dims - 2), num_dims - 1, num_dims - 2]
+        if not self.is_left:
+            is_swapped = grad_out.target is aten.permute.default and list(grad_out.args[1]) == swapped  # type: ignore[arg-type]
+            above = grad_out.all_input_nodes[0]
+            grad_out = above if is_swapped else call(graph, aten.permute.default, grad_out, swapped)
+        if num_dims == 2:
+            return grad_out
+        return call(graph, aten.reshape.default, grad_out, [-1, grad_out.meta["val"].shape[-1]])
 
 
 class WeightGrads:
@@ -127,6 +179,15 @@ class WeightGrads:
                         return False
                     pending.append(user)
         return True
+
+
+def _erase_unused(node: fx.Node) -> None:
+    """Erases ``node`` and what was computed for it alone."""
+    if not node.users and node.op != "placeholder":
+        sources = node.all_input_nodes
+        node.graph.erase_node(node)
+        for source in sources:
+            _erase_unused(source)
 
 
 def _is_scaling(node: fx.Node) -> bool:

@@ -61,6 +61,8 @@ for _operator in (
     *_COMPILED_ON_CPU.values(),
     actcompile.pack_bool.default,
     actcompile.quantized_weight_grad.default,
+    actcompile.sample_rows.default,
+    actcompile.sampled_weight_grad.default,
 ):
     _constraint = tag_to_layout_constraint(get_layout_constraint_tag(_operator, with_default=True))
     make_fallback(_operator, layout_constraint=_constraint, warn=False)  # type: ignore[no-untyped-call]

@@ -28,7 +28,14 @@ from ._fx import GraphPair, body_anchor, tangent_dependent
 
 actcompile = torch.ops.actcompile
 
-ENCODERS = frozenset({actcompile.quantize.default, actcompile.sparsify.default, actcompile.pack_bool.default})
+ENCODERS = frozenset(
+    {
+        actcompile.quantize.default,
+        actcompile.sparsify.default,
+        actcompile.sample_rows.default,
+        actcompile.pack_bool.default,
+    }
+)
 DECODERS = frozenset({actcompile.dequantize.default, actcompile.densify.default, actcompile.unpack_bool.default})
 OFFLOAD, RELOAD = actcompile.offload.default, actcompile.reload.default
 _EARLY = ENCODERS | {OFFLOAD}

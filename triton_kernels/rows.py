@@ -13,7 +13,8 @@ rows of norm above zero are at most ``num_rows``, all of them are certain and no
 of norm zero, with weight 0. Rows outside of ``valid`` count as zeros: those of padding, whose gradient is zero.
 
 Systematic sampling: probabilities are integers q_m, p_m = q_m * 2**-42, with a sum of num_rows * 2**42, at least 1
-where a_m > 0. With C_m = q_1 + ... + q_m and one offset u, uniform in [0, 2**42), slot j = 1, 2, ... holds
+where a_m > 0. The rows are shuffled: tokens of the same position in each sample are alike, and would be drawn or left
+out together. With C_m = q_1 + ... + q_m in that order and one offset u, uniform in [0, 2**42), slot j = 1, 2, ... holds
 
     the first m with C_m >= j * 2**42 - u
 
@@ -38,7 +39,8 @@ sampling in proportion to size (Madow, 1949); norms of the input alone, integers
 import torch
 from torch import Tensor
 
-from ._hash import FRACTION_BITS, mix_seed, noise
+from ._hash import FRACTION_BITS, mix_seed, noise, noise_at
+from .pack_bool import unpack_bool
 from .quantize import FLOAT_DTYPES
 
 # A probability of 1 in integers. MAX_ROWS of them and an offset fit an int64.
@@ -52,6 +54,11 @@ LARGEST_NORM = 2.0**200
 CHUNK_NUMEL = 2**18
 
 
+def num_kept_rows(share: float, rows: int) -> int:
+    """Rows that are kept of so many, in steps of a 1024th and rounded up; works on symbolic sizes too."""
+    return (rows * max(1, round(share * 1024)) + 1023) // 1024
+
+
 def sampled_nbytes(num_rows: int, in_features: int, dtype: torch.dtype) -> int:
     """Bytes of rows, positions and weights; works on symbolic sizes too."""
     return num_rows * (in_features * dtype.itemsize + torch.int32.itemsize + torch.float32.itemsize)
@@ -60,8 +67,7 @@ def sampled_nbytes(num_rows: int, in_features: int, dtype: torch.dtype) -> int:
 def sampling_variance(norms_product: Tensor, p: Tensor) -> Tensor:
     """The variance that sampling adds to a weight gradient, summed over the gradient's elements.
 
-    To first order: rows count as kept independently of each other. Systematic sampling keeps neighbours together less
-    often, which lowers the true value where neighbours are alike; rows alike at the distance of the slots raise it.
+    To first order: rows count as kept independently of each other.
 
     Args:
         norms_product: |g_m| * |x_m|, float [M].
@@ -152,7 +158,9 @@ def sample_rows_reference(
     draws = noise(seed ^ mix_seed(salt), (1, 2), slice(0, 2)).long().view(2)
     offset = ((draws[0] << FRACTION_BITS) | draws[1]) >> (2 * FRACTION_BITS - ONE_BITS)
     ends = (torch.arange(1, num_rows + 1, device=x.device) << ONE_BITS) - offset
-    position = torch.searchsorted(shares.cumsum(0), ends, out_int32=True)
+    order = noise_at(seed ^ mix_seed(salt), torch.arange(2, len(x) + 2, device=x.device), draws.new_zeros(()).int())
+    order = order.argsort()
+    position = order[torch.searchsorted(shares[order].cumsum(0), ends)].sort().values.int()
     used = norm.index_select(0, position) != 0
     weight = torch.where(used, 2.0**ONE_BITS / shares.index_select(0, position).double(), 0).float()
     rows = x.index_select(0, position)
@@ -189,7 +197,9 @@ def _(x: Tensor, valid: Tensor | None, num_rows: int, seed: Tensor, salt: int) -
     return x.new_empty(num_rows, x.shape[1]), position, x.new_empty(num_rows, dtype=torch.float32)
 
 
-def sampled_weight_grad_reference(grad_out: Tensor, rows: Tensor, position: Tensor, weight: Tensor) -> Tensor:
+def sampled_weight_grad_reference(
+    grad_out: Tensor, rows: Tensor, position: Tensor, weight: Tensor, packed_valid: Tensor | None = None
+) -> Tensor:
     """The weight gradient from sampled rows.
 
     Args:
@@ -197,9 +207,10 @@ def sampled_weight_grad_reference(grad_out: Tensor, rows: Tensor, position: Tens
         rows: What ``sample_rows`` made of X [M, K] in grad_out's dtype.
         position: The same.
         weight: The same.
+        packed_valid: ``valid`` as ``pack_bool`` stores it, where there was one.
 
     Returns:
-        [N, K] in grad_out's dtype.
+        [N, K] in grad_out's dtype; nan where a row outside of ``valid`` has a gradient: it was no padding.
 
     Raises:
         ValueError: For operands that do not fit each other.
@@ -207,7 +218,12 @@ def sampled_weight_grad_reference(grad_out: Tensor, rows: Tensor, position: Tens
     check_operands(grad_out, rows, position, weight)
     # In place: the product is taken in float32 and rounded to the gradient's dtype.
     scaled = grad_out.index_select(0, position).mul_(weight.unsqueeze(1))
-    return scaled.t() @ rows
+    grad = scaled.t() @ rows
+    if packed_valid is None or not grad_out.numel():
+        return grad
+    valid = unpack_bool(packed_valid, grad_out.shape[:1])
+    largest = grad_out.amax(1).maximum(-grad_out.amin(1))
+    return torch.where((largest.masked_fill(valid, 0) != 0).any(), torch.nan, grad)
 
 
 def check_operands(grad_out: Tensor, rows: Tensor, position: Tensor, weight: Tensor) -> None:
@@ -230,12 +246,14 @@ def check_operands(grad_out: Tensor, rows: Tensor, position: Tensor, weight: Ten
 
 
 @torch.library.custom_op("actcompile::sampled_weight_grad", mutates_args=())
-def sampled_weight_grad(grad_out: Tensor, rows: Tensor, position: Tensor, weight: Tensor) -> Tensor:
+def sampled_weight_grad(
+    grad_out: Tensor, rows: Tensor, position: Tensor, weight: Tensor, packed_valid: Tensor | None = None
+) -> Tensor:
     """``sampled_weight_grad_reference`` as an operator, on any device."""
-    return sampled_weight_grad_reference(grad_out, rows, position, weight)
+    return sampled_weight_grad_reference(grad_out, rows, position, weight, packed_valid)
 
 
 @sampled_weight_grad.register_fake
-def _(grad_out: Tensor, rows: Tensor, position: Tensor, weight: Tensor) -> Tensor:
+def _(grad_out: Tensor, rows: Tensor, position: Tensor, weight: Tensor, packed_valid: Tensor | None = None) -> Tensor:
     check_operands(grad_out, rows, position, weight)
     return grad_out.new_empty(grad_out.shape[1], rows.shape[1])
