@@ -30,6 +30,7 @@ from actcompile.plan import Role
 
 from ._fx import GraphPair, Slot, fake_mode, first_user, graph_outputs, hint, retire
 from ._views import storage, value_chain
+from .drop_zero_rows import drop_zero_rows
 from .pin_unstable import pin_unstable
 from .recompute import offer_inputs
 from .rerun_attention import rerun_attention
@@ -60,6 +61,7 @@ def partition(
         num_fwd_outputs: Outputs of the joint graph that belong to the forward.
         **kwargs: What else AOTAutograd hands to a partitioner.
     """
+    drop_zero_rows(joint)
     cheap = recompute != "none"
     if cheap:
         _embeddings_as_indexing(joint.graph)
