@@ -18,7 +18,7 @@ from .passes._fx import (
     is_tensor,
 )
 from .passes._naming import module_path, operator_name, source_line
-from .passes._views import VALUE_PRESERVING_OPS, storage, value_chain
+from .passes._views import VALUE_PRESERVING_OPS, is_part, storage, value_chain
 from .passes._weight_grads import WeightGrad, WeightGrads
 from .plan import Recomputation, Role, SavedTensor
 
@@ -126,17 +126,13 @@ def _describe(pair: GraphPair, slot: Slot, returned: set[fx.Node]) -> SavedTenso
         and root not in returned
         and not _is_mutated(source)
         and not free_unbacked_symbols(value),
-        is_part=root.op != "placeholder" and is_tensor(root) and _nbytes(root) > _nbytes(source),
+        is_part=is_part(source),
     )
 
 
 def _recomputation(slot: Slot, keys: Mapping[fx.Node, str]) -> Recomputation | None:
     nodes = cone(slot.source, keys)
     return None if nodes is None else Recomputation(num_flops(nodes), tuple(keys[node] for node in cone_inputs(nodes)))
-
-
-def _nbytes(node: fx.Node) -> int:
-    return hint(node.meta["val"].numel()) * node.meta["val"].element_size()
 
 
 def _obstacle(pair: GraphPair, slot: Slot, role: Role, is_returned: bool) -> str:

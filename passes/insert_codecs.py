@@ -9,16 +9,18 @@ becomes
     1. QUANTIZE   as above
     2. expanded   a dimension of stride 0 is stored once and expanded again
     3. NARROW     integers are cast down in the forward and up again in the backward
+    4. KEEP       of a part of a larger tensor a copy crosses, so that the rest is freed
 
-Never touches: rows that the plan keeps, graph inputs that the caller holds, outputs of the graph.
+Never touches: other rows that the plan keeps, graph inputs that the caller holds, outputs of the graph.
 """
 
 import torch
+from torch import fx
 
 from actcompile.plan import Action, Decision, Plan
 
 from ._fx import ROW_KEY, GraphPair, Slot, body_anchor, call, first_user, retire, size_args, unpack_call
-from ._views import dense_base
+from ._views import dense_base, is_part, storage
 
 aten = torch.ops.aten
 convert = torch.ops.prims.convert_element_type.default
@@ -30,9 +32,12 @@ def insert_codecs(pair: GraphPair, plan: Plan) -> None:
     Raises:
         KeyError: When the plan has no decision for a slot.
     """
+    returned = {storage(node) for node in pair.user_outputs if isinstance(node, fx.Node)}
     for salt, slot in enumerate(list(pair.slots)):
         decision = plan[slot.key]
-        if decision.action is Action.QUANTIZE:
+        if decision.action is Action.KEEP and is_part(slot.source) and storage(slot.source) not in returned:
+            _copy(pair, slot)
+        elif decision.action is Action.QUANTIZE:
             _quantize(pair, slot, decision, salt)
         elif decision.action is Action.NARROW:
             _narrow(pair, slot, decision)
@@ -59,6 +64,15 @@ def _quantize(pair: GraphPair, slot: Slot, decision: Decision, salt: int) -> Non
         if stored is not source:
             decoded = call(pair.backward.graph, aten.expand.default, decoded, size_args(pair, source.meta["val"].shape))
     retire(placeholder, decoded)
+
+
+def _copy(pair: GraphPair, slot: Slot) -> None:
+    source, placeholder = slot.source, slot.placeholder
+    with pair.forward.graph.inserting_after(source):
+        # Dense, with dimensions in the order of their strides.
+        copy = call(pair.forward.graph, aten.clone.default, source)
+    (received,) = pair.replace(slot, [copy])
+    retire(placeholder, received)
 
 
 def _narrow(pair: GraphPair, slot: Slot, decision: Decision) -> None:
