@@ -113,7 +113,7 @@ def lost_of_blocks(blocks: Tensor, keep: int) -> Tensor:
         least = torch.from_numpy(ordered[:, position : position + 1].copy())
     # 1 below the least that is kept, 0 where equal, -1 above.
     side = torch.sub(least, magnitudes, out=magnitudes).sign_()
-    equal = 1 - side.square()
+    equal = torch.addcmul(side.new_ones(()), side, side, value=-1)
     below = side.clamp_min_(0)
     lost_of_equal = (position - below.sum(1, keepdim=True)) / equal.sum(1, keepdim=True).clamp_min(1)
     return below.addcmul_(equal, lost_of_equal)

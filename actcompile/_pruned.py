@@ -198,7 +198,7 @@ def _weight_bias(reader: WeightGrad, values: Mapping[fx.Node, Any], shape: Shape
     change = result if reader.is_product else result[1]
     if node is not reader.node:
         change = change.sum(0)
-    return float(change.float().square().sum())
+    return reader.scale**2 * float(change.float().square().sum())
 
 
 def _rounding(values: Tensor, squares: Tensor, share: Tensor, pruning: Pruning) -> Tensor:
