@@ -110,9 +110,12 @@ class PruningNoise:
         """Of ``ratio`` times as many rows as these."""
         squares = u.square()
         self._residuals[key, shape] += ratio * (share * squares * variance).sum()
-        for pruning in self._prunings:
-            if (pruning.keep, pruning.block) == shape and pruning.value_bits < 16:
-                self._roundings[key, pruning] += ratio * _rounding(values, squares, share, pruning)
+        rounded = [p for p in self._prunings if (p.keep, p.block) == shape and p.value_bits < 16]
+        if rounded:
+            groups = [tensor.reshape(-1, group_numel(shape[1])) for tensor in (values, squares, share)]
+            noises = ratio * _rounding(*groups, [pruning.value_bits for pruning in rounded])
+            for pruning, noise in zip(rounded, noises, strict=True):
+                self._roundings[key, pruning] += noise
 
     def added_to(self, sensitivities: Mapping[str, Sensitivity], scale: float = 1.0) -> dict[str, Sensitivity]:
         """``sensitivities`` with what pruning adds; ``scale`` is how many times what was weighed all samples are."""
@@ -201,18 +204,19 @@ def _weight_bias(reader: WeightGrad, values: Mapping[fx.Node, Any], shape: Shape
     return reader.scale**2 * float(change.float().square().sum())
 
 
-def _rounding(values: Tensor, squares: Tensor, share: Tensor, pruning: Pruning) -> Tensor:
+def _rounding(values: Tensor, squares: Tensor, share: Tensor, widths: Sequence[int]) -> Tensor:
     """The variance that rounding what is kept adds: f (1 - f) scale^2 for what lies at f between two levels.
 
     Args:
         values: Whole groups.
         squares: Of the cotangents.
         share: What is lost.
-        pruning: What the values are pruned to.
+        widths: Bits of the values: [num_widths] of the result.
     """
-    values, squares, share = (tensor.reshape(-1, group_numel(pruning.block)) for tensor in (values, squares, share))
-    zero = torch.where(share < 1, values, math.inf).amin(1, keepdim=True)
-    high = torch.where(share < 1, values, -math.inf).amax(1, keepdim=True)
-    scale = ((high - zero) / (2**pruning.value_bits - 1)).clamp_min(torch.finfo().tiny)
-    fraction = ((values - zero) / scale).frac()
-    return ((1 - share) * squares * fraction * (1 - fraction) * scale.square()).sum()
+    is_lost, levels = share == 1, torch.tensor([2.0**bits - 1 for bits in widths], device=values.device)
+    zero = values.masked_fill(is_lost, math.inf).amin(1, keepdim=True)
+    ranges = values.masked_fill(is_lost, -math.inf).amax(1, keepdim=True) - zero
+    scale = (ranges / levels[:, None, None]).clamp_min_(torch.finfo().tiny)
+    fraction = ((values - zero) / scale).frac_()
+    noise = torch.addcmul(fraction, fraction, fraction, value=-1).mul_((1 - share) * squares)
+    return (noise.sum(2, keepdim=True) * scale.square()).sum((1, 2))
