@@ -22,7 +22,7 @@ Shape = tuple[int, int]
 
 # Elements for which sums are noted; whole blocks.
 GROUP = 256
-# Elements that are taken at once: few enough to stay in a processor's cache, or many, where starting an operator counts.
+# Elements that are taken at once: so few that they stay in a cache, or many, where each operator has to be started.
 _CPU_NUMEL, _GPU_NUMEL = 2**16, 2**24
 # Blocks up to here are sorted as a whole in less time than their smallest are found.
 _SHORT_BLOCK = 16

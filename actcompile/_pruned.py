@@ -100,7 +100,9 @@ class PruningNoise:
                 torch.mul(weighted, mean, out=out[0])
                 if num_errors > 1:
                     torch.mul(weighted, values, out=out[1])
-                self._add_variances(key, shape, values[chosen], cotangents[chosen], share[chosen], variance[chosen], ratio)
+                self._add_variances(
+                    key, shape, values[chosen], cotangents[chosen], share[chosen], variance[chosen], ratio
+                )
             self._biases[key].add(products.flatten(2)[..., : part.numel()].reshape(-1, *part.shape), index)
             start += len(values)
 
@@ -112,8 +114,8 @@ class PruningNoise:
         self._residuals[key, shape] += ratio * (share * squares * variance).sum()
         rounded = [p for p in self._prunings if (p.keep, p.block) == shape and p.value_bits < 16]
         if rounded:
-            groups = [tensor.reshape(-1, group_numel(shape[1])) for tensor in (values, squares, share)]
-            noises = ratio * _rounding(*groups, [pruning.value_bits for pruning in rounded])
+            values, squares, share = (x.reshape(-1, group_numel(shape[1])) for x in (values, squares, share))
+            noises = ratio * _rounding(values, squares, share, [pruning.value_bits for pruning in rounded])
             for pruning, noise in zip(rounded, noises, strict=True):
                 self._roundings[key, pruning] += noise
 

@@ -139,7 +139,9 @@ def random_graph(draw: random.Random, share_known: float = 0.8) -> ProbedGraph:
     scales = {key: 10 ** draw.uniform(-4, 1) for key in keys}
     codes = {key: {bits: scales[key] / (2**bits - 1) ** 2 for bits in CODE_BITS} for key in keys}
     pruned = {
-        key: {pruning: scales[key] * 10 ** draw.uniform(-2, 1) for pruning in AUTO_PRUNINGS if draw.random() < share_known}
+        key: {
+            pruning: scales[key] * 10 ** draw.uniform(-2, 1) for pruning in AUTO_PRUNINGS if draw.random() < share_known
+        }
         for key in keys
     }
     return graph_of(codes, pruned, draw.random() < 0.5)

@@ -79,7 +79,7 @@ def test_noise_of_pruned_layer_inputs_is_what_is_measured() -> None:
 @pytest.mark.parametrize("settings", [{"bits": 1.5}, {"memory": 0.05}])
 def test_few_bytes_prune_some_rows_and_stay_within_the_budget(settings: dict[str, float]) -> None:
     task = plain_bert()
-    _, profile, plan = probed(task, **settings)
+    _, _, plan = probed(task, **settings)
     found = sparsified(plan)
     assert found and {decision.pruning for decision in found.values()} <= set(AUTO_PRUNINGS)
     report = actcompile.report(task.model)
@@ -222,7 +222,11 @@ def test_the_largest_batch_with_a_sparsity() -> None:
     settings = {"exact": {"bits": 32}, "pruned": {"bits": 32, "sparsity": 0.8}, "both": {"bits": 4, "sparsity": 0.8}}
     found = {
         name: actcompile.max_batch_size(
-            model, torch.randn(4, 256), memory="16MiB", config=Config(recompute="none", **chosen), loss=lambda y: y.sum()
+            model,
+            torch.randn(4, 256),
+            memory="16MiB",
+            config=Config(recompute="none", **chosen),
+            loss=lambda y: y.sum(),
         )
         for name, chosen in settings.items()
     }
