@@ -155,6 +155,11 @@ class Groups:
             flat[run.start - first * self.group_size :][: run.stop - run.start], shape, self.layout.stride
         )
 
+    def whole(self) -> slice | None:
+        """The groups of the elements, where these lie one after the other from the start of a group on."""
+        run, size = self._run(), self.group_size
+        return None if run is None or run.start % size else slice(run.start // size, -(-run.stop // size))
+
     def sums(self, values: Tensor) -> Tensor:
         """The sum over each group of ``values``, which are given for each element: [num_groups] of the whole tensor."""
         num_groups = -(-math.prod(self.layout.shape) // self.group_size)

@@ -71,6 +71,15 @@ class WeightGrad:
         return self.node.all_input_nodes[0] if self.node.target in _SUMS else self.node
 
     @property
+    def scale(self) -> float:
+        """What the gradient is multiplied by before it is a parameter's, as where the layer scales its weight."""
+        found, users = 1.0, list(self.node.users)
+        while len(users) == 1 and users[0].op != "output":
+            found *= scaling(users[0]) or 1.0
+            users = list(users[0].users)
+        return found
+
+    @property
     def is_product(self) -> bool:
         """Whether it is no convolution's."""
         return self.node.target is not _CONVOLUTION
@@ -175,7 +184,7 @@ class WeightGrads:
                 return False
             for user in node.users:
                 if user.op != "output":
-                    if user.target not in _CARRIERS and not _is_scaling(user):
+                    if user.target not in _CARRIERS and scaling(user) is None:
                         return False
                     pending.append(user)
         return True
@@ -190,8 +199,12 @@ def _erase_unused(node: fx.Node) -> None:
             _erase_unused(source)
 
 
-def _is_scaling(node: fx.Node) -> bool:
-    return node.target in (aten.mul.Tensor, aten.div.Tensor) and len(node.all_input_nodes) == 1
+def scaling(node: fx.Node) -> float | None:
+    """What ``node`` multiplies its argument by, if that is a number."""
+    numbers = [value for value in node.args if isinstance(value, int | float)]
+    if node.target not in (aten.mul.Tensor, aten.div.Tensor) or len(numbers) != 1 or not numbers[0]:
+        return None
+    return 1 / numbers[0] if node.target is aten.div.Tensor else float(numbers[0])
 
 
 def _summed(product: fx.Node) -> fx.Node:

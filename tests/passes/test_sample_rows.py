@@ -124,6 +124,7 @@ def test_padding_of_a_model_is_dropped_without_loss_and_reported() -> None:
     found = task.gradients(torch.compile(task.model, backend="act", options=options))
     assert relative_error(found, exact) < 1e-6
     rows = [row for row in actcompile.report(task.model).rows if row.action == "sample"]
-    assert len(rows) == 8
+    # Of the last layer, behind its attention, one token's rows are all that is saved.
+    assert len(rows) == 5
     # 384 tokens, 48 or more features: rows, and eight bytes and a bit for each.
     assert all(row.kept == "0.92 of rows" and row.stored_nbytes < 0.96 * row.nbytes for row in rows)
