@@ -14,8 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._slices import Groups
+from .config import CODE_BITS
 from .plan import Pruning
 from .triton_kernels._layout import from_storage_order, to_storage_order
+from .triton_kernels._topk_sizes import sparsified_nbytes
+from .triton_kernels.quantize import quantized_nbytes
 
 # Kept elements, and elements of a block.
 Shape = tuple[int, int]
@@ -24,6 +27,11 @@ Shape = tuple[int, int]
 GROUP = 256
 # Elements that are taken at once: so few that they stay in a cache, or many, where each operator has to be started.
 _CPU_NUMEL, _GPU_NUMEL = 2**16, 2**24
+# Groups that say whether pruning may be worth its noise; how many times more bytes its rival among codes may take, and
+# the fewest bits that it has where most tensors have as many.
+_NUM_SAMPLES = 256
+_RIVAL = 1.6
+_RIVAL_BITS = 3
 # Blocks up to here are sorted as a whole in less time than their smallest are found.
 _SHORT_BLOCK = 16
 
@@ -79,6 +87,28 @@ def rows_of(x: Tensor, length: int = GROUP) -> Tensor:
 def chunk_numel(x: Tensor) -> int:
     """Elements of ``x`` that are best taken at once."""
     return _CPU_NUMEL if x.device.type == "cpu" else _GPU_NUMEL
+
+
+def is_promising(x: Tensor, rounding: Tensor, prunings: Iterable[Pruning], group_size: int) -> bool:
+    """Whether pruning loses less of ``x`` than codes that take more bytes, to go by some of its elements.
+
+    Args:
+        x: The exact tensor.
+        rounding: Variance of an element's rounding noise: [num_groups, len(CODE_BITS)].
+        prunings: What it may be pruned to.
+        group_size: Elements of a group of codes.
+    """
+    groups = rows_of(to_storage_order(x)[: x.numel() // GROUP * GROUP])
+    some = groups[:: max(1, len(groups) // _NUM_SAMPLES)].float().contiguous()
+    noises = dict(zip(CODE_BITS, rounding.mean(0).tolist(), strict=True))
+    for keep, block, value_bits in prunings if len(some) else ():
+        lost = lost_of_blocks(some.view(-1, block), keep).view(some.shape).mul_(some.square()).mean()
+        left = noises.get(value_bits, 0.0) * keep / block
+        nbytes = _RIVAL * sparsified_nbytes(x.numel(), keep, block, value_bits, x.dtype)
+        rivals = [b for b in CODE_BITS if quantized_nbytes(x.numel(), b, group_size, x.dtype) <= nbytes]
+        if max(rivals, default=0) >= _RIVAL_BITS and float(lost) + left < noises[max(rivals)]:
+            return True
+    return False
 
 
 def lost_share(x: Tensor, shape: Shape) -> Tensor:

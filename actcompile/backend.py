@@ -156,7 +156,9 @@ class Probed:
         interpret: Interpret | None,
     ) -> None:
         config = record.config
-        self._probe = record.probe = Probe(record.roles, prunings=config.prunings, rows=config.rows)
+        self._probe = record.probe = Probe(
+            record.roles, prunings=config.prunings, rows=config.rows, is_choosy=config.prunes_seldom
+        )
         self._record = record
         self._reenter = reentrant_tracing()
         self._interpreted = compile_with(None, self._probe.interpret)

@@ -40,6 +40,9 @@ LEVELS: Mapping[str, Mapping[str, Any]] = {
     "L4bit-swap": {"bits": 4, "offload": True},
 }
 
+# From here on, codes lose less than pruning, except where few elements carry everything.
+_MANY_BITS = 3
+
 RECOMPUTE = ("none", "cheap", "full")
 LOWERINGS = ("inductor", "eager")
 PRUNING_RULES = ("blocks", "samples")
@@ -212,6 +215,12 @@ class Config:
         kept = num_kept(self.sparsity, SPARSE_BLOCK)
         widths = sorted(VALUE_BITS) if self.automatic else [self.sparse_value_bits]
         return tuple(Pruning(kept, SPARSE_BLOCK, bits) for bits in widths)
+
+    @property
+    def prunes_seldom(self) -> bool:
+        """Whether so many bits are left on average that pruning is worth it for few tensors."""
+        has_bits = self.memory is None and self.noise is None and self.sparsity is None
+        return has_bits and (self.average_bits or EXACT_BITS) >= _MANY_BITS
 
     @property
     def lossy(self) -> bool:

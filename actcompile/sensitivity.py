@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, fx
 
 from ._batch import find_batch
-from ._dropped import GROUP, Dropped, dropped_moments, shapes_of
+from ._dropped import GROUP, Dropped, dropped_moments, is_promising, shapes_of
 from ._measure import Rounding, measure
 from ._pruned import PruningNoise
 from ._slices import Groups, Layout, Part, SlicedBackward, cut, decode, samples_meet, slice_backward
@@ -70,10 +70,16 @@ class Probe:
         seed: Of the random directions; no generator of torch's is drawn from.
         prunings: What tensors may be pruned to.
         rows: The share of rows that may be sampled of layer inputs.
+        is_choosy: Whether pruning is measured only where it promises much, to save time.
     """
 
     def __init__(
-        self, roles: Sequence[Role], seed: int = 0, prunings: Sequence[Pruning] = (), rows: float | None = None
+        self,
+        roles: Sequence[Role],
+        seed: int = 0,
+        prunings: Sequence[Pruning] = (),
+        rows: float | None = None,
+        is_choosy: bool = False,
     ) -> None:
         self.profile: Profile | None = None
         self.is_armed = True
@@ -82,6 +88,7 @@ class Probe:
         self._seed = seed
         self._prunings = prunings
         self._rows = rows
+        self._is_choosy = is_choosy and rows is None
         self._rounding: dict[str, Tensor] = {}
         self._dropped: dict[str, Tensor] = {}
         self._pair: GraphPair | None = None
@@ -119,10 +126,12 @@ class Probe:
         """The operator's result; of what is encoded, the rounding noise of every group is noted first."""
         if node.target is quantize:
             # bf16: the sum over many groups is what counts.
-            noise = rounding_variance(values[node.args[0]], CODE_BITS, node.args[2])  # type: ignore[index, arg-type]
-            self._rounding[node.meta[ROW_KEY]] = noise.bfloat16()
-            if self._prunings:
-                self._dropped[node.meta[ROW_KEY]] = dropped_moments(values[node.args[0]], shapes_of(self._prunings))  # type: ignore[index]
+            args: Any = node.args
+            x, key, group_size = values[args[0]], node.meta[ROW_KEY], args[2]
+            noise = rounding_variance(x, CODE_BITS, group_size)
+            self._rounding[key] = noise.bfloat16()
+            if self._prunings and (not self._is_choosy or is_promising(x, noise, self._prunings, group_size)):
+                self._dropped[key] = dropped_moments(x, shapes_of(self._prunings))
         return call_node(node, values)
 
     def _backward(self, graph: fx.GraphModule, args: list[Any]) -> Any:
@@ -135,7 +144,8 @@ class Probe:
         if sliced is None:
             whole = _sweep_of(graph.graph, is_short=True)
             whole.feed(arguments)
-        pruning = PruningNoise(graph.graph, self._roles, _keys(whole), self._prunings, self._rows)
+        noted = {node: key for node, key in _keys(whole).items() if key in self._dropped}
+        pruning = PruningNoise(graph.graph, self._roles, noted, self._prunings, self._rows)
         if sliced is None:
             results = whole.run_and_keep(pruning.see)
             roundings = self._roundings(whole, _readers(whole))

@@ -7,6 +7,7 @@ when it may not prune. The noise of each is predicted from one probe and measure
 
 import argparse
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from unittest import mock
@@ -40,7 +41,8 @@ METHODS = ("auto", "auto, codes")
 def measure(case: Case, draws: int) -> None:
     """Appends a row per format and per pair and method."""
     everything = tuple(dict.fromkeys((*AUTO_PRUNINGS, *(way for way in FORMATS.values() if isinstance(way, Pruning)))))
-    with mock.patch.object(config, "AUTO_PRUNINGS", everything):
+    # All of them, for every tensor.
+    with mock.patch.multiple(config, AUTO_PRUNINGS=everything, _MANY_BITS=math.inf):
         rows, profile = case.profile()
     replay = case.replay()
     keys = [row.key for row in replay.rows]

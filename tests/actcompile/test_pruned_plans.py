@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 import actcompile
 from actcompile import Config, Plan, records
-from actcompile.config import AUTO_PRUNINGS
+from actcompile._dropped import is_promising
+from actcompile.config import AUTO_PRUNINGS, CODE_BITS
 from actcompile.plan import Action, Decision, Profile, SavedTensor
+from actcompile.triton_kernels._chunked import rounding_variance
 from bench.models import make_gpt
 from bench.replay import Replay
 
@@ -49,7 +51,7 @@ def sparsified(plan: Plan) -> dict[str, Decision]:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_row_has_finite_noise_for_every_pruning(name: str) -> None:
-    rows, profile, _ = probed(TASKS[name]())
+    rows, profile, _ = probed(TASKS[name](), bits=2)
     assert any(row.is_layer_input for row in rows.values())
     for key, found in profile.sensitivities.items():
         assert set(found.pruned) == set(Config(auto=True).prunings) == set(AUTO_PRUNINGS), key
@@ -61,7 +63,7 @@ def test_every_row_has_finite_noise_for_every_pruning(name: str) -> None:
 
 def test_noise_of_pruned_layer_inputs_is_what_is_measured() -> None:
     workload = make_gpt(layers=1, width=64, ff=128, batch=4, tokens=64)
-    call = torch.compile(workload.model, backend="act", options={"lowering": "eager", "auto": True})
+    call = torch.compile(workload.model, backend="act", options={"lowering": "eager", "auto": True, "bits": 2.9})
     workload.loss(call).backward()
     (record,) = records.finished()
     assert record.profile is not None
@@ -93,10 +95,20 @@ def test_few_bytes_prune_some_rows_and_stay_within_the_budget(settings: dict[str
 
 
 def test_a_sparsity_beside_auto_leaves_no_other_share() -> None:
-    _, profile, plan = probed(plain_bert(), sparsity=0.9, bits=2)
+    _, profile, plan = probed(plain_bert(), sparsity=0.9, bits=1.5)
     found = sparsified(plan)
     assert found and {(decision.keep, decision.block) for decision in found.values()} == {(26, 256)}
     assert {pruning[:2] for value in profile.sensitivities.values() for pruning in value.pruned} == {(26, 256)}
+
+
+def test_with_many_bits_pruning_is_measured_where_few_elements_carry_everything() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 1024)
+    for value, expected in ((x, False), ((6 * x).softmax(1), True)):
+        rounding = rounding_variance(value, CODE_BITS, 256)
+        assert is_promising(value, rounding, AUTO_PRUNINGS, 256) is expected
+    _, profile, _ = probed(TASKS["resnet"](), bits=4)
+    assert not any(found.pruned for found in profile.sensitivities.values())
 
 
 def with_pruned_rows(task: Task) -> Plan:
@@ -209,7 +221,7 @@ def test_autocast(bits: int, lowering: str) -> None:
 @pytest.mark.parametrize("name", ["gpt", "bert"])
 def test_autocast_is_probed(name: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        _, profile, _ = probed(TASKS[name]())
+        _, profile, _ = probed(TASKS[name](), bits=2)
     noises = [noise for found in profile.sensitivities.values() for noise in found.pruned.values()]
     assert noises and all(0 <= noise < float("inf") for noise in noises)
 
