@@ -175,7 +175,13 @@ def make_rte_bert(batch: int, data: Path) -> Workload:
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
-    config = BertConfig(num_labels=_RTE_LABELS, problem_type="single_label_classification", use_cache=False)
+    config = BertConfig(
+        num_labels=_RTE_LABELS,
+        problem_type="single_label_classification",
+        use_cache=False,
+        # Back Razor's attention never drops probabilities, pruned or not.
+        attention_probs_dropout_prob=0.0,
+    )
     model = BertForSequenceClassification(config).train()
     lengths = torch.tensor(rte_lengths(data / "glue" / "RTE" / "train.tsv")[:batch])
     mask = (torch.arange(_RTE_TOKENS) < lengths[:, None]).long()
