@@ -74,6 +74,10 @@ class Replay:
         exact = {key: encoded.value for key, encoded in self._encoded.items()}
         self._backward.start_from(self._decoded({**exact, **self._rounded(ways, draw)}))
 
+    def value(self, key: str) -> Tensor:
+        """The exact tensor of a row."""
+        return self._encoded[key].value
+
     def gradients(self, ways: Mapping[str, Way], draw: int) -> Gradients:
         """Of the parameters, with the tensors that are named rounded to so many bits, or pruned."""
         values = self._backward.changed(self._decoded(self._rounded(ways, draw)), self._counted.values())

@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +33,9 @@ from actcompile.meter import measure_phases, measure_steps
 
 from .harness import MIB, append_row, environment, is_of_this_commit, pick_device, read_rows
 from .large_models import SIZES, make_large
+from .models import Workload
 from .pareto import plot
-from .variants import BASELINE, VARIANTS
+from .variants import BASELINE, VARIANTS, Variant
 
 KEYS = ("model", "size", "batch", "dtype", "variant", "device")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -53,23 +54,21 @@ class Case:
 
 
 class Steps:
-    """Training steps of one variant, compiled and warmed up."""
+    """Training steps of one variant, compiled and warmed up.
 
-    def __init__(self, case: Case, variant: str) -> None:
-        self._variant = VARIANTS[variant]
-        self._workload = make_large(
-            case.model,
-            case.size,
-            case.batch,
-            checkpointed=self._variant.checkpointed,
-            device=pick_device(),
-            dtype=DTYPES[case.dtype],
-        )
-        self._call = self._variant.compile(self._workload.model)
-        for _ in range(_WARM_UP):
+    Args:
+        workload: What is trained.
+        variant: How.
+        warm_up: Steps that are run at once.
+    """
+
+    def __init__(self, workload: Workload, variant: Variant, warm_up: int = _WARM_UP) -> None:
+        self._variant, self._workload = variant, workload
+        self._call = variant.compile(workload.model)
+        for _ in range(warm_up):
             self.run()
-        if self._variant.counter and not counters["inductor"][self._variant.counter]:
-            raise RuntimeError(f"the pass of {variant!r} found nothing to do: {self._variant.counter} is 0")
+        if variant.counter and not counters["inductor"][variant.counter]:
+            raise RuntimeError(f"the pass of the variant found nothing to do: {variant.counter} is 0")
 
     def run(self) -> None:
         """One step."""
@@ -94,14 +93,28 @@ class Steps:
             return self._workload.loss(self._call)
 
 
+def make_steps(case: Case, variant: str) -> Steps:
+    """Steps of ``variant`` on the model of ``case``."""
+    known = VARIANTS[variant]
+    workload = make_large(
+        case.model,
+        case.size,
+        case.batch,
+        checkpointed=known.checkpointed,
+        device=pick_device(),
+        dtype=DTYPES[case.dtype],
+    )
+    return Steps(workload, known)
+
+
 def measure(case: Case, rounds: int) -> dict[str, Any]:
     """Bytes and times of one case, in this process."""
-    mine = Steps(case, case.variant)
+    mine = make_steps(case, case.variant)
     row: dict[str, Any] = mine.measure()
     steps = {"mine": mine.run}
     # A variant may fit where the baseline does not.
     try:
-        steps["base"] = mine.run if case.variant == BASELINE else Steps(case, BASELINE).run
+        steps["base"] = mine.run if case.variant == BASELINE else make_steps(case, BASELINE).run
     except torch.OutOfMemoryError as error:
         print(f"{BASELINE}: {error}", file=sys.stderr)
     times_ms = measure_steps(steps, rounds)
@@ -122,18 +135,22 @@ def measure_in_process(case: Case, rounds: int, limit_s: int) -> dict[str, Any]:
         "rounds": rounds,
         "error": "",
     }
-    command = [sys.executable, "-W", "ignore", "-m", "bench.step", "--rounds", str(rounds), "--case"]
+    return {**row, **run_module("bench.step", ["--rounds", str(rounds), "--case", json.dumps(vars(case))], limit_s)}
+
+
+def run_module(module: str, arguments: Sequence[str], limit_s: int) -> dict[str, Any]:
+    """What a module prints last, as JSON, run in a process of its own; or its error, under that name."""
+    command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
     # What the variants set is not all part of that cache's keys.
     env = {**os.environ, "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
     try:
-        done = subprocess.run(
-            [*command, json.dumps(vars(case))], env=env, capture_output=True, text=True, timeout=limit_s, check=False
-        )
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=limit_s, check=False)
     except subprocess.TimeoutExpired:
-        return {**row, "error": f"took more than {limit_s} s"}
+        return {"error": f"took more than {limit_s} s"}
     if done.returncode:
-        return {**row, "error": last_error(done.stderr) or f"exit status {done.returncode}"}
-    return {**row, **json.loads(done.stdout.splitlines()[-1])}
+        return {"error": last_error(done.stderr) or f"exit status {done.returncode}"}
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def last_error(stderr: str) -> str:
