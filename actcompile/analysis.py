@@ -186,7 +186,9 @@ def _divides(placeholder: fx.Node) -> bool:
 
 def is_statistic(node: fx.Node) -> bool:
     """Whether ``node`` was reduced from something much larger, pointwise steps after the reduction included."""
-    numel = hint(node.meta["val"].numel())
+    # A part of a statistic is one.
+    node = storage(node)
+    numel = hint(node.meta["val"].numel()) if is_tensor(node) else 0
     if operator_name(node).startswith(_ATTENTION):
         return node.target is operator.getitem and node.args[1:] != (0,)
     pending, seen = [node], set()
@@ -211,7 +213,7 @@ def _carries_mask(node: fx.Node) -> bool:
     """Whether a constant as large as those of attention masks reaches ``node`` without a bounded function between."""
     pending, seen = [node], set()
     while pending:
-        current = pending.pop()
+        current = storage(pending.pop())
         if current in seen:
             continue
         seen.add(current)

@@ -110,3 +110,13 @@ def test_a_classifier_saves_less_and_its_rows_keep_their_modules() -> None:
     assert last
     assert all(row.shape[0] * 48 > row.nbytes // 4 // row.shape[-1] for row in last)
     assert report.saved_nbytes < 0.9 * report.baseline_nbytes
+
+
+def test_statistics_of_the_picked_row_stay_exact() -> None:
+    torch.manual_seed(0)
+    task = bert()
+    options = {"bits": 4, "min_numel": 0, "lowering": "eager"}
+    task.gradients(torch.compile(task.model, backend="act", options=options))
+    rows = [row for row in actcompile.report(task.model).rows if row.op == "slice" and row.shape == (8, 1, 1)]
+    assert len(rows) == 2
+    assert all(row.action == "keep" and "statistic" in row.reason for row in rows)

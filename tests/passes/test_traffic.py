@@ -93,13 +93,14 @@ def measure(forward: GeneratedCode, backward: GeneratedCode) -> Traffic:
 
 # Transformers encode the inputs of LayerNorm and GELU in those operators' kernels and decode them in those of their
 # backwards, two for LayerNorm. What attention and convolutions save comes from libraries and goes to libraries. Batch
-# normalization runs through channels, groups do not: its result is encoded alone.
+# normalization runs through channels, groups do not: its result is encoded alone. What BERT's classifier picks of its
+# last layer are small tensors of one token, each encoded alone.
 @pytest.mark.parametrize(
     ("make", "options", "expected"),
     [
         (gpt, {"recompute": "cheap"}, Traffic(7, 8, 11, 8, 0)),
         (gpt, {"recompute": "none"}, Traffic(15, 8, 13, 15, 0)),
-        (bert, {"recompute": "cheap"}, Traffic(8, 11, 15, 9, 0)),
+        (bert, {"recompute": "cheap"}, Traffic(5, 18, 17, 11, 0)),
         (make_resnet, {"recompute": "cheap"}, Traffic(2, 25, 16, 14, 0)),
     ],
 )
@@ -110,7 +111,7 @@ def test_models(make: Callable[[], Workload], options: dict[str, str], expected:
 
 @pytest.mark.parametrize(
     ("make", "expected"),
-    [(gpt, Traffic(0, 15, 17, 2, 0)), (bert, Traffic(0, 18, 19, 5, 0)), (make_resnet, Traffic(0, 27, 25, 2, 0))],
+    [(gpt, Traffic(0, 15, 17, 2, 0)), (bert, Traffic(0, 23, 19, 8, 0)), (make_resnet, Traffic(0, 27, 25, 2, 0))],
 )
 def test_models_on_the_cpu(make: Callable[[], Workload], expected: Traffic) -> None:
     """Each encoder reads the tensor again: most are in the cache, and its code takes no time to compile."""
