@@ -236,6 +236,7 @@ def _rounding(values: Tensor, squares: Tensor, share: Tensor, widths: Sequence[i
     zero = values.masked_fill(is_lost, math.inf).amin(1, keepdim=True)
     ranges = values.masked_fill(is_lost, -math.inf).amax(1, keepdim=True) - zero
     scale = (ranges / levels[:, None, None]).clamp_min_(torch.finfo().tiny)
-    fraction = ((values - zero) / scale).frac_()
+    # Far below what is kept, elements that are lost would leave the range of numbers where all others are equal.
+    fraction = ((values - zero).masked_fill_(is_lost, 0) / scale).frac_()
     noise = torch.addcmul(fraction, fraction, fraction, value=-1).mul_((1 - share) * squares)
     return (noise.sum(2, keepdim=True) * scale.square()).sum((1, 2))

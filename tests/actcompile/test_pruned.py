@@ -247,3 +247,11 @@ def test_without_prunings_nothing_is_added() -> None:
     graph.output(())
     noise = PruningNoise(graph, [], {node: "x"}, [])
     assert noise.added_to(NOTHING) == NOTHING
+
+
+def test_equal_values_above_others_are_rounded_without_noise() -> None:
+    """Decoded tensors have such groups; zero range must not become infinity times nothing."""
+    values = torch.full((1, 256), -3.0)
+    values[0, :26] = 5.0
+    share = (values < 0).float()
+    assert _pruned._rounding(values, torch.ones(1, 256), share, [4, 8]).tolist() == [0.0, 0.0]
