@@ -18,7 +18,7 @@ from .passes._fx import (
     is_tensor,
 )
 from .passes._naming import module_path, operator_name, source_line
-from .passes._views import VALUE_PRESERVING_OPS, is_part, storage, value_chain
+from .passes._views import VALUE_PRESERVING_OPS, storage, value_chain
 from .passes._weight_grads import WeightGrad, WeightGrads
 from .plan import Recomputation, Role, SavedTensor
 
@@ -81,6 +81,7 @@ def analyze(pair: GraphPair) -> list[SavedTensor]:
     gradients = _reached_gradients(pair.backward.graph, order)
     returned = {storage(node) for node in pair.user_outputs if isinstance(node, fx.Node)}
     weights, keys = WeightGrads(pair.backward.graph, pair.input_roles), {slot.source: slot.key for slot in pair.slots}
+    num_marks = sum(hint(n.meta["val"].numel()) for n, role in pair.roles.items() if role is Role.PADDING)
     rows = []
     for slot in pair.slots:
         readers, row = weights.of(slot.placeholder), _describe(pair, slot, returned)
@@ -89,8 +90,16 @@ def analyze(pair: GraphPair) -> list[SavedTensor]:
         kind = "leaf" if is_leaf else "path"
         recomputation = _recomputation(slot, keys)
         num_rows = _num_rows(slot.placeholder, readers)
-        found = replace(row, kind=kind, is_layer_input=bool(readers), num_rows=num_rows, recomputation=recomputation)
-        rows.append(found)
+        rows.append(
+            replace(
+                row,
+                kind=kind,
+                is_layer_input=bool(readers),
+                num_rows=num_rows,
+                is_marked=num_rows > 0 and num_rows == num_marks,
+                recomputation=recomputation,
+            )
+        )
     return rows
 
 
@@ -126,7 +135,6 @@ def _describe(pair: GraphPair, slot: Slot, returned: set[fx.Node]) -> SavedTenso
         and root not in returned
         and not _is_mutated(source)
         and not free_unbacked_symbols(value),
-        is_part=is_part(source),
     )
 
 

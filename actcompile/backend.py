@@ -112,6 +112,7 @@ def compile_graph(
         input_role(node, value, config.padding)
         for node, value in zip(graph.graph.find_nodes(op="placeholder"), inputs, strict=True)
     ]
+    _check_padding(config, roles)
     sites = call_sites(graph.graph)
     if isinstance(config.plan, Plan):
         check_model(config.plan, sites, is_part_of_model())
@@ -270,6 +271,16 @@ def input_role(placeholder: fx.Node, value: Any, padding: str | None = None) -> 
     if padding is not None and argument_name(placeholder) == padding:
         return Role.PADDING
     return Role.BUFFER if belongs_to_module(placeholder) else Role.INPUT
+
+
+def _check_padding(config: Config, roles: Sequence[Role]) -> None:
+    """Raises ConfigError where no input marks padding, unless other graphs come before this one and may have it."""
+    if config.padding is None or Role.PADDING in roles:
+        return
+    rule = f"padding must name an argument of the model that marks padding, got padding={config.padding!r}"
+    if Role.BOUNDARY not in roles:
+        raise ConfigError(f"{rule}, which no input of the graph has: name one of the model's arguments")
+    log.warning("%s, which a later part of the model does not read: there, rows of padding are sampled as others", rule)
 
 
 def _requires_grad(value: Any) -> bool:

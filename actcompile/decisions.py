@@ -11,7 +11,7 @@ from .plan import Action, Decision, Profile, Pruning, Role, SavedTensor, Sensiti
 from .triton_kernels._topk_sizes import sparsified_nbytes
 from .triton_kernels.pack_bool import packed_nbytes
 from .triton_kernels.quantize import quantized_nbytes
-from .triton_kernels.rows import num_kept_rows
+from .triton_kernels.rows import num_kept_rows, sampled_nbytes
 
 # Integer types from the narrowest, with the number of non-negative values each holds.
 _NARROW_TYPES = ((torch.uint8, 2**8), (torch.int16, 2**15), (torch.int32, 2**31))
@@ -65,7 +65,7 @@ def _sampled_nbytes(row: SavedTensor, decision: Decision) -> int:
     numel, marks = num_rows * (row.numel // row.num_rows), packed_nbytes(row.num_rows) if decision.padded else 0
     rows = replace(decision, action=Action.KEEP if decision.bits is None else Action.QUANTIZE)
     stored = encoded_nbytes(replace(row, numel=numel, nbytes=numel * row.dtype.itemsize), rows)
-    return stored + num_rows * (torch.int32.itemsize + torch.float32.itemsize) + marks
+    return stored + sampled_nbytes(num_rows, 0, row.dtype) + marks
 
 
 def nbytes_at(row: SavedTensor, bits: float, group_size: int) -> float:
@@ -153,9 +153,6 @@ def ways_to_store(row: SavedTensor, config: Config) -> list[Decision]:
     if row.num_rows and config.rows is not None:
         ways += [_sampled("least noise at these bytes", row, config, bits) for bits in (4, 8, None)]
     smaller = [way for way in ways if stored_nbytes(row, way) < row.nbytes]
-    if row.is_part and smaller:
-        # Kept as it is, it would take more bytes than its own.
-        return smaller
     return [*smaller, Decision(Action.KEEP, "exact is worth its bytes")]
 
 
@@ -166,7 +163,7 @@ def _sampled(reason: str, row: SavedTensor, config: Config, bits: int | None) ->
         bits=bits,
         group_size=None if bits is None else config.group_size,
         rows=config.rows,
-        padded=config.padding is not None,
+        padded=row.is_marked,
     )
 
 

@@ -100,6 +100,8 @@ def _followed(plan: Plan, row: SavedTensor, config: Config, again: Collection[st
     is_possible = planned.action in LOSSY and (planned.action is not Action.SAMPLE or row.num_rows)
     if not is_possible or row.obstacle or _settings_win(row, config):
         return _again(plan, row, config)
+    if planned.action is Action.SAMPLE:
+        planned = replace(planned, padded=row.is_marked)
     return planned if encoded_nbytes(row, planned) < row.nbytes else NO_FEWER_BYTES
 
 

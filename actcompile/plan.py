@@ -91,10 +91,10 @@ class SavedTensor:
     ``key`` names it across graphs, batch sizes and processes: module path, operator and, where these repeat, a number.
     ``shape`` holds the sizes of the traced call, ``nbytes`` and ``numel`` their product; ``symbolic_shape`` prints the
     symbols of a dynamic graph. ``obstacle`` says why it must stay exact, or is empty; ``movable`` whether a copy of it
-    elsewhere would free its memory; ``is_part`` whether it lies in memory that is larger, all of which keeping it would
-    keep; ``recomputation`` how the backward could do without it; ``is_layer_input`` whether the backward reads it in
-    gradients of weights alone, so that errors in it reach nothing else, and ``num_rows`` how many rows of tokens it has
-    where these are products of matrices.
+    elsewhere would free its memory; ``recomputation`` how the backward could do without it; ``is_layer_input`` whether
+    the backward reads it in gradients of weights alone, so that errors in it reach nothing else, and ``num_rows`` how
+    many rows of tokens it has where these are products of matrices, ``is_marked`` whether an input of the model marks
+    which of them are padding.
     """
 
     key: str
@@ -112,10 +112,10 @@ class SavedTensor:
     index_range: int | None = None
     obstacle: str = ""
     movable: bool = True
-    is_part: bool = False
     recomputation: Recomputation | None = None
     is_layer_input: bool = False
     num_rows: int = 0
+    is_marked: bool = False
 
 
 @dataclass(frozen=True)

@@ -276,3 +276,9 @@ def hint(value: Any) -> int:
         known = value.node.hint
         return 0 if known is None else int(known)
     return int(value)
+
+
+def hint_nbytes(node: fx.Node) -> int:
+    """Bytes of a tensor at the sizes of the traced call."""
+    value = node.meta["val"]
+    return hint(value.numel()) * value.element_size()

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from ._fx import body_anchor, call, hint
+from ._fx import body_anchor, call
 
 aten = torch.ops.aten
 
@@ -62,20 +62,6 @@ def storage(node: fx.Node) -> fx.Node:
     while is_view(node):
         node = node.all_input_nodes[0]
     return node
-
-
-def is_part(node: fx.Node) -> bool:
-    """Whether ``node`` lies in the memory of a larger tensor that the graph computes, which keeping it would keep."""
-    root = storage(node)
-    if root.op == "placeholder" or not isinstance(root.meta.get("val"), torch.Tensor):
-        return False
-    return hint_nbytes(root) > hint_nbytes(node)
-
-
-def hint_nbytes(node: fx.Node) -> int:
-    """Bytes of a tensor at the sizes of the traced call."""
-    value = node.meta["val"]
-    return hint(value.numel()) * value.element_size()
 
 
 def is_view(node: fx.Node) -> bool:

@@ -147,7 +147,10 @@ def _keeps_zeros(node: fx.Node, rows: Rows) -> bool:
         return all(operand in rows or _is_zero(operand) for operand in operands[1:])
     if node.target in _SUMS:
         return all(operand in rows for operand in operands[:2])
-    return operands[0] in rows or node.target is aten.mul.Tensor
+    # Zero divided by zero is none.
+    return node.target is aten.mul.Tensor or (
+        operands[0] in rows and not any(operand in rows for operand in operands[1:])
+    )
 
 
 def _is_zero(operand: Any) -> bool:

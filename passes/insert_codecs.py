@@ -9,7 +9,7 @@ becomes
     1. QUANTIZE   as above
     2. expanded   a dimension of stride 0 is stored once and expanded again
     3. NARROW     integers are cast down in the forward and up again in the backward
-    4. KEEP       of a part of a larger tensor a copy crosses, so that the rest is freed
+    4. KEEP       of parts of a larger tensor copies cross, so that the rest is freed, unless they are all of it
 
 Never touches: other rows that the plan keeps, graph inputs that the caller holds, outputs of the graph.
 """
@@ -19,8 +19,20 @@ from torch import fx
 
 from actcompile.plan import Action, Decision, Plan
 
-from ._fx import ROW_KEY, GraphPair, Slot, body_anchor, call, first_user, retire, size_args, unpack_call
-from ._views import dense_base, is_part, storage
+from ._fx import (
+    ROW_KEY,
+    GraphPair,
+    Slot,
+    body_anchor,
+    call,
+    first_user,
+    hint_nbytes,
+    is_tensor,
+    retire,
+    size_args,
+    unpack_call,
+)
+from ._views import dense_base, storage
 
 aten = torch.ops.aten
 convert = torch.ops.prims.convert_element_type.default
@@ -32,16 +44,32 @@ def insert_codecs(pair: GraphPair, plan: Plan) -> None:
     Raises:
         KeyError: When the plan has no decision for a slot.
     """
-    returned = {storage(node) for node in pair.user_outputs if isinstance(node, fx.Node)}
+    parts = _lone_parts(pair, plan)
     for salt, slot in enumerate(list(pair.slots)):
         decision = plan[slot.key]
-        if decision.action is Action.KEEP and is_part(slot.source) and storage(slot.source) not in returned:
+        if slot.key in parts:
             _copy(pair, slot)
         elif decision.action is Action.QUANTIZE:
             _quantize(pair, slot, decision, salt)
         elif decision.action is Action.NARROW:
             _narrow(pair, slot, decision)
     pair.sync()
+
+
+def _lone_parts(pair: GraphPair, plan: Plan) -> set[str]:
+    """Keys of what is kept of larger tensors that nobody else holds, where it is less than all of them."""
+    held = {storage(node) for node in pair.user_outputs if isinstance(node, fx.Node)}
+    kept: dict[fx.Node, list[Slot]] = {}
+    for slot in pair.slots:
+        root = storage(slot.source)
+        if plan[slot.key].action is Action.KEEP and root not in held and root.op != "placeholder" and is_tensor(root):
+            kept.setdefault(root, []).append(slot)
+    return {
+        slot.key
+        for root, slots in kept.items()
+        if sum(hint_nbytes(slot.source) for slot in slots) < hint_nbytes(root)
+        for slot in slots
+    }
 
 
 def _quantize(pair: GraphPair, slot: Slot, decision: Decision, salt: int) -> None:

@@ -103,7 +103,7 @@ def _matrix(graph: fx.Graph, source: fx.Node, in_features: int) -> fx.Node:
     if order != sorted(order):
         with graph.inserting_after(body_anchor(source)):
             source = call(graph, aten.permute.default, source, order)
-    if value.dim() == 2:
+    if value.dim() == 2 and source.meta["val"].shape[1] == in_features:
         return source
     with graph.inserting_after(body_anchor(source)):
         return call(graph, aten.reshape.default, source, [-1, in_features])

@@ -238,14 +238,3 @@ def test_nodes_of_autograd_belong_to_the_module_of_their_operator() -> None:
         "norm",
     }
     assert {row.module for row in rows if row.op == "permute"} == {"blocks.0", "blocks.1"}
-
-
-def test_parts_of_larger_memory_are_told_apart() -> None:
-    def loss(w: Tensor, x: Tensor) -> Tensor:
-        q, k, v = (part.view(2, 8, 2, 8).transpose(1, 2) for part in (x @ w).split(16, dim=-1))
-        return F.scaled_dot_product_attention(q, k, v).square().sum()
-
-    traced = trace(loss, torch.randn(8, 48, requires_grad=True), torch.randn(2, 8, 8))
-    rows = traced.rows()
-    assert [row.is_part for row in rows if row.shape == (2, 2, 8, 8)].count(True) == 3
-    assert any(not row.is_part for row in rows)

@@ -9,7 +9,7 @@ import torch
 
 from actcompile import Config, ConfigError, Plan
 from actcompile.config import CODE_BITS
-from actcompile.decisions import OFFLOAD_MIN_NBYTES, RECOMPUTED, ways_to_store
+from actcompile.decisions import OFFLOAD_MIN_NBYTES, RECOMPUTED
 from actcompile.following import follow
 from actcompile.plan import Action, Decision, Profile, Recomputation, Role, SavedTensor, Sensitivity
 from actcompile.planner import ProbedGraph, host_nbytes, make_plan, solve, stored_nbytes
@@ -527,8 +527,3 @@ def test_what_was_recomputed_while_probing_stays_so() -> None:
     with pytest.raises(ConfigError, match=f" {least} bytes") as found:
         solve([replace(graph, plan=Plan({"a": RECOMPUTED}))], config, least - 1)
     assert "recompute=" not in str(found.value)
-
-
-def test_parts_of_larger_memory_are_not_kept_for_their_own_bytes() -> None:
-    assert ways_to_store(row(), Config())[-1].action is Action.KEEP
-    assert {way.action for way in ways_to_store(row(is_part=True), Config())} == {Action.QUANTIZE}

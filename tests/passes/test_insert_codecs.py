@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from actcompile.passes.insert_codecs import insert_codecs
 from actcompile.plan import Action, Decision, Plan
@@ -144,3 +146,19 @@ def test_integers_are_narrowed() -> None:
     assert "convert_element_type_default = convert_element_type(view_1_part0, int64)" in text(traced.pair.backward)
     again = traced.run()
     torch.testing.assert_close(again, (outputs, gradients), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("num_kept", "num_copies"), [(1, 1), (2, 2), (3, 0)])
+def test_kept_parts_of_a_larger_tensor_are_copied_unless_they_are_all_of_it(num_kept: int, num_copies: int) -> None:
+    def loss(w: Tensor, x: Tensor) -> Tensor:
+        q, k, v = (part.view(2, 8, 2, 8).transpose(1, 2) for part in (x @ w).split(16, dim=-1))
+        return F.scaled_dot_product_attention(q, k, v).square().sum()
+
+    traced = trace(loss, torch.randn(8, 48, requires_grad=True), torch.randn(2, 8, 8))
+    parts = [row.key for row in traced.rows() if row.shape == (2, 2, 8, 8) and row.op == "permute"]
+    assert len(parts) == 3
+    codes = Decision(Action.QUANTIZE, "test", bits=8, group_size=32)
+    plan = traced.keep_all()
+    insert_codecs(traced.pair, Plan({**plan, **dict.fromkeys(parts[num_kept:], codes)}))
+    copied = [node for slot in traced.pair.slots for node in slot.outputs if slot.key in parts and "clone" in node.name]
+    assert len(copied) == num_copies

@@ -1,5 +1,6 @@
 """Tests of the pass that stores some rows of layer inputs."""
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -128,3 +129,21 @@ def test_padding_of_a_model_is_dropped_without_loss_and_reported() -> None:
     assert len(rows) == 5
     # 384 tokens, 48 or more features: rows, and eight bytes and a bit for each.
     assert all(row.kept == "0.92 of rows" and row.stored_nbytes < 0.96 * row.nbytes for row in rows)
+
+
+def test_an_input_stored_in_other_rows_than_the_layer_reads() -> None:
+    x, w = torch.randn(16, 64), parameter(8, 32)
+    x[:12] = 0
+    traced = trace(lambda x, w: F.linear(torch.sin(x).view(32, 32), w).square(), x, w)
+    assert [row.num_rows for row in traced.rows() if row.op in ("sin", "view") and row.is_layer_input] == [32]
+    run_passes(traced.pair, sample_layer_inputs(traced, 0.25))
+    _, (grad_w,) = traced.run()
+    (exact,) = torch.autograd.grad(F.linear(torch.sin(x).view(32, 32), w).square().sum(), w)
+    torch.testing.assert_close(grad_w, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_that_no_argument_marks_is_an_error() -> None:
+    task = bert()
+    options = {"rows": 0.9, "padding": "atention_mask", "lowering": "eager"}
+    with pytest.raises(actcompile.ConfigError, match=r"padding must name an argument.*'atention_mask'"):
+        task.gradients(torch.compile(task.model, backend="act", options=options))
