@@ -24,6 +24,8 @@ __all__ = ["ProbedGraph", "counted_nbytes", "host_nbytes", "make_plan", "predict
 
 # How far sensitivities may be off: bits below uniform ones have to promise more than this.
 _TRUST = 1.4
+# Of what is read in fewer bits, next to nothing can be said.
+_PROBED_BITS = 2
 # How far what pruning adds may be estimated too low, where more than gradients of weights read the tensor.
 _CAUTION = 2.0
 
@@ -40,13 +42,16 @@ class ProbedGraph:
 def make_plan(rows: Sequence[SavedTensor], config: Config, budget_nbytes: float | None = None) -> Plan:
     """One decision per row: lossless steps and uniform bits, those of ``config`` or as many as ``budget_nbytes`` allow.
 
-    While a graph waits to be probed, nothing is offloaded.
+    While a graph waits to be probed, nothing is offloaded, and without a budget codes have 2 bits at the least.
 
     Raises:
         ConfigError: When the least takes too much memory.
     """
     if budget_nbytes is None or (config.automatic and config.offloads):
-        uniform = _uniform(rows, config, config.code_bits)
+        bits = config.code_bits
+        if config.automatic and bits is not None:
+            bits = max(bits, _PROBED_BITS)
+        uniform = _uniform(rows, config, bits)
         return with_offloaded([rows], [uniform])[0] if config.offloads and not config.automatic else uniform
     widths: list[int | None] = [None] if config.code_bits is None else [None, *reversed(CODE_BITS)]
     # What is to be probed must be rounded, where exact tensors would fit too.

@@ -527,3 +527,9 @@ def test_what_was_recomputed_while_probing_stays_so() -> None:
     with pytest.raises(ConfigError, match=f" {least} bytes") as found:
         solve([replace(graph, plan=Plan({"a": RECOMPUTED}))], config, least - 1)
     assert "recompute=" not in str(found.value)
+
+
+def test_what_is_to_be_probed_has_two_bits_at_the_least() -> None:
+    for settings, bits in (({"auto": True}, 2), ({}, 1)):
+        plan = make_plan([row()], Config(bits=1, **settings))
+        assert [decision.bits for decision in plan.values()] == [bits]
