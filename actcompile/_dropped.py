@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._slices import Groups
-from .config import CODE_BITS
+from .choices import CODE_BITS
 from .plan import Pruning
 from .triton_kernels._layout import from_storage_order, to_storage_order
 from .triton_kernels._topk_sizes import sparsified_nbytes

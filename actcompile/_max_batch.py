@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 
+from ._config_checks import parse_nbytes
 from ._explain import traced_records
 from ._isolated import reachable_modules
 from ._torch import mark_dynamic_batch, tree_leaves, tree_map
-from .config import CODE_BITS, Config, parse_nbytes
+from .choices import CODE_BITS
+from .config import Config
 from .errors import ConfigError
 from .memory import SymbolicTimeline, step_peak
 

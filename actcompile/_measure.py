@@ -11,7 +11,7 @@ from ._dropped import Dropped
 from ._pruned import PruningNoise
 from ._slices import Groups
 from ._sweep import Sweep
-from .config import CODE_BITS
+from .choices import CODE_BITS
 from .passes._fx import graph_outputs
 from .plan import Sensitivity
 from .triton_kernels._hash import mix_seed

@@ -6,7 +6,8 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from .config import CODE_BITS, EXACT_BITS, Config
+from .choices import CODE_BITS, EXACT_BITS
+from .config import Config
 from .plan import Action, Decision, Profile, Pruning, Role, SavedTensor, Sensitivity
 from .triton_kernels._topk_sizes import sparsified_nbytes
 from .triton_kernels.pack_bool import packed_nbytes

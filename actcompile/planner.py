@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from .allocation import Option, fewest_nbytes, least_noise
-from .config import CODE_BITS, Config
+from .choices import CODE_BITS
+from .config import Config
 from .decisions import (
     OFFLOAD_MIN_NBYTES,
     UNKNOWN_NOISE,

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from ._config_checks import parse_nbytes
 from ._torch import current_frame, is_fake
-from .config import Config, parse_nbytes
+from .config import Config
 from .memory import CompiledStep, SymbolicTimeline, Timeline, step_timeline
 from .plan import Plan, Profile, Role, SavedTensor
 from .planner import counted_nbytes, stored_nbytes

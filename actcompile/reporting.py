@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from tabulate import tabulate
 
-from .config import DEFAULT_BITS
+from .choices import DEFAULT_BITS
 from .decisions import noise_of
 from .memory import Timeline, step_peak
 from .plan import Action, Decision, Role, SavedTensor

@@ -39,7 +39,7 @@ from ._slices import Groups, Layout, Part, SlicedBackward, cut, decode, samples_
 from ._sweep import Sweep
 from ._tiles import call_node, find_tilings, ordered, run_graph
 from ._weights import bottleneck, squares
-from .config import CODE_BITS
+from .choices import CODE_BITS
 from .distributed import num_ranks
 from .passes._fx import ROW_KEY, GraphPair, graph_outputs, is_tensor
 from .passes.place_codecs import DECODERS

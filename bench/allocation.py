@@ -14,7 +14,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from actcompile import Config
-from actcompile.config import EXACT_BITS
+from actcompile.choices import EXACT_BITS
 from actcompile.planner import ProbedGraph, make_plan, solve
 
 from . import gact_rule

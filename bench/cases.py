@@ -14,7 +14,7 @@ import torch
 
 import actcompile
 from actcompile import Config, Plan, records
-from actcompile.config import EXACT_BITS
+from actcompile.choices import EXACT_BITS
 from actcompile.decisions import stored_nbytes
 from actcompile.plan import Action, Decision, Profile, Pruning, SavedTensor
 

@@ -14,7 +14,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 import actcompile
-from actcompile.config import parse_nbytes
+from actcompile._config_checks import parse_nbytes
 from actcompile.meter import measure_phases
 
 from .harness import append_row, pick_device

@@ -15,7 +15,7 @@ from unittest import mock
 from tabulate import tabulate
 
 from actcompile import Config, config
-from actcompile.config import AUTO_PRUNINGS
+from actcompile.choices import AUTO_PRUNINGS
 from actcompile.plan import Pruning
 from actcompile.planner import ProbedGraph, counted_nbytes, make_plan, solve
 

@@ -6,7 +6,8 @@ import pytest
 
 import actcompile
 from actcompile import Config, ConfigError, Plan
-from actcompile.config import LEVELS, RECOMPUTE, parse_nbytes
+from actcompile._config_checks import parse_nbytes
+from actcompile.choices import LEVELS, RECOMPUTE
 from actcompile.plan import Action, Decision
 
 # settings -> the rule, the value and the remedy that the message must name.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from actcompile import Config, ConfigError, Plan
-from actcompile.config import CODE_BITS
+from actcompile.choices import CODE_BITS
 from actcompile.decisions import OFFLOAD_MIN_NBYTES, RECOMPUTED
 from actcompile.following import follow
 from actcompile.plan import Action, Decision, Profile, Recomputation, Role, SavedTensor, Sensitivity

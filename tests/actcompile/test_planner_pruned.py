@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from actcompile import Config, ConfigError, Plan
-from actcompile.config import AUTO_PRUNINGS, CODE_BITS
+from actcompile.choices import AUTO_PRUNINGS, CODE_BITS
 from actcompile.plan import Action, Decision, Profile, Pruning, Sensitivity
 from actcompile.planner import ProbedGraph, predicted_noise, solve
 

@@ -12,7 +12,7 @@ from actcompile import _dropped, _pruned
 from actcompile._dropped import GROUP, Dropped, dropped_moments, shapes_of
 from actcompile._pruned import PruningNoise
 from actcompile._slices import Groups, Layout, Part, cut
-from actcompile.config import CODE_BITS
+from actcompile.choices import CODE_BITS
 from actcompile.plan import Pruning, Sensitivity
 from actcompile.triton_kernels._layout import from_storage_order, to_storage_order
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import actcompile
 from actcompile import Config, Plan, records
 from actcompile._dropped import is_promising
-from actcompile.config import AUTO_PRUNINGS, CODE_BITS
+from actcompile.choices import AUTO_PRUNINGS, CODE_BITS
 from actcompile.plan import Action, Decision, Profile, SavedTensor
 from actcompile.triton_kernels._chunked import rounding_variance
 from bench.models import make_gpt

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import actcompile
 from actcompile import Plan, records
 from actcompile._sweep import Sweep
-from actcompile.config import CODE_BITS
+from actcompile.choices import CODE_BITS
 from actcompile.plan import Action, Decision, Profile, SavedTensor, Sensitivity
 from actcompile.triton_kernels._chunked import rounding_variance
 
