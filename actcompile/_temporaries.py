@@ -127,6 +127,7 @@ _RULES: Mapping[str, Callable[[Sequence[Operand], Arguments], sympy.Expr]] = {
     "torch.ops.actcompile.quantize.default": _quantize,
     "torch.ops.actcompile.quantize_compiled.default": _quantize_compiled,
     "torch.ops.actcompile.pack_bool.default": _pack_bool,
+    "torch.ops.actcompile.pack_bytes.default": _pack_bool,
     "extern_kernels.convolution": _convolution,
     "torch.ops.aten.convolution_backward.default": _convolution_backward,
     f"{_ATTENTION}.default": _attention,

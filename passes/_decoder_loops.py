@@ -71,6 +71,17 @@ def decode_groups(
     return _restore(decoded, shape, stride)
 
 
+def cuts_groups(group_size: int, shape: Sequence[Any], stride: Sequence[Any]) -> bool:
+    """Whether loops over the channels of images of ``shape`` and ``stride`` start and end within groups.
+
+    Inductor then writes C++ without vectors, since scale and zero change within one: an element that is decoded where
+    it is read takes 2 to 9 ns in the place of 0.3.
+    """
+    symbols: Any = convert_shape_to_symint(shape), convert_shape_to_symint(stride)
+    channel = sympy_product([shape[dim] for dim in storage_permutation(*symbols)[2:]])
+    return len(shape) > 3 and not V.graph.sizevars.statically_known_multiple_of(channel, group_size)
+
+
 def unpack_mask(packed: ir.TensorBox, shape: Sequence[Any], stride: Sequence[Any] | None) -> ir.TensorBox:
     """``unpack_bool`` as loops over [position in the byte, byte]."""
     (nbytes,) = packed.get_size()

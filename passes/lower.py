@@ -3,13 +3,16 @@
                              CPU                                    CUDA
     quantize(x, ...)         quantize_compiled(x, ...), one body    inside the kernel that computes x, or its own
                              per format, compiled once
-    dequantize(codes, ...)   inside whatever reads it               inside whatever reads it, or its own kernel where
-    unpack_bool(packed)      inside whatever reads it               libraries alone do
+    dequantize(codes, ...)   inside whatever reads it; in memory    inside whatever reads it, or its own kernel where
+                             if channels cut groups                 libraries alone do
+    unpack_bool(packed)      inside whatever reads it               inside whatever reads it, or as above
+    pack_bool(mask)          pack_bytes(uint8(mask))                its own kernel
     sparsify(x, ...), densify(index, ...), sparse_weight_grad(g, index, ...): compiled bodies, or kernels of their own
 
 Interpreted graphs keep the operators.
 """
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,11 +37,12 @@ from ..triton_kernels._compiled_cpu import Format, start_compiling  # their oper
 from ..triton_kernels._compiled_topk import SparseFormat, start_compiling_sparse
 from ..triton_kernels._layout import storage_permutation
 from . import _fused_encoder
-from ._decoder_loops import decode_groups, unpack_mask
-from ._fx import GraphPair
+from ._decoder_loops import cuts_groups, decode_groups, unpack_mask
+from ._fx import GraphPair, call
 from ._views import ALIAS_OPS
 
 aten = torch.ops.aten
+convert = torch.ops.prims.convert_element_type.default
 actcompile = torch.ops.actcompile
 
 _COMPILED_ON_CPU = {
@@ -60,6 +64,7 @@ for _operator in (
     *_COMPILED_ON_CPU,
     *_COMPILED_ON_CPU.values(),
     actcompile.pack_bool.default,
+    actcompile.pack_bytes.default,
     actcompile.quantized_weight_grad.default,
     actcompile.sample_rows.default,
     actcompile.sampled_weight_grad.default,
@@ -71,14 +76,34 @@ for _operator in (
 def lower_codecs(pair: GraphPair, plan: Plan) -> None:
     """Points operators on the CPU to their compiled bodies, and gives libraries on other devices decoders of their own.
 
-    What anything else reads would otherwise be decoded to memory for the library, and read there.
+    What anything else reads would otherwise be decoded to memory for the library, and read there. Masks on the CPU are
+    written as bytes.
     """
     for node in (*pair.forward.graph.nodes, *pair.backward.graph.nodes):
         if node.target in _COMPILED_ON_CPU and node.args[0].meta["val"].device.type == "cpu":
             node.target = _COMPILED_ON_CPU[node.target]
+    for node in pair.forward.graph.find_nodes(op="call_function", target=actcompile.pack_bool.default):
+        if node.args[0].meta["val"].device.type == "cpu" and _is_computed(node.args[0]):
+            _pack_bytes(node)
     for node in list(pair.backward.graph.nodes):
         if node.target in _FUSED_DECODERS and node.meta["val"].device.type != "cpu":
             _split(node)
+
+
+def _is_computed(mask: fx.Node) -> bool:
+    """Whether ``mask`` is not in memory anyway."""
+    return mask.op == "call_function" and mask.target is not operator.getitem
+
+
+def _pack_bytes(encoder: fx.Node) -> None:
+    """Has the mask that ``encoder`` packs written as bytes: of bools Inductor's C++ writes one at a time, in 10 ns."""
+    (mask,) = encoder.args
+    graph = encoder.graph
+    with graph.inserting_before(encoder):
+        # By way of float32: masks become bytes one at a time, too.
+        numbers = call(graph, convert, mask, torch.float32)
+        encoder.args = (call(graph, convert, numbers, torch.uint8),)
+    encoder.target = actcompile.pack_bytes.default
 
 
 def _split(decoder: fx.Node) -> None:
@@ -152,7 +177,9 @@ def _lower_dequantize(
     if _is_launched(codes):
         return _launch(actcompile.dequantize.default, *arguments)
     # Views of what lies in memory are read there; of what is realized later, each reader would get a copy.
-    in_memory = any(user.target in needs_realized_inputs for user in V.graph.current_node.users)
+    is_read_there = any(user.target in needs_realized_inputs for user in V.graph.current_node.users)
+    is_on_cpu = codes.get_device_or_error().type == "cpu"
+    in_memory = is_read_there or (is_on_cpu and cuts_groups(group_size, shape, stride))
     return decode_groups(*arguments, in_memory=in_memory)
 
 

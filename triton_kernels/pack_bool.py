@@ -94,6 +94,19 @@ def _(mask: Tensor) -> Tensor:
         return launch_pack_bool(mask)
 
 
+@torch.library.custom_op(
+    "actcompile::pack_bytes", mutates_args=(), device_types="cpu", tags=torch.Tag.needs_exact_strides
+)
+def pack_bytes(mask: Tensor) -> Tensor:
+    """``pack_bool`` of a mask of uint8, 0 or 1, which is what bools are in memory: compilers may write these faster."""
+    return pack_bool_reference(mask.view(torch.bool))
+
+
+@pack_bytes.register_fake
+def _(mask: Tensor) -> Tensor:
+    return mask.new_empty(packed_nbytes(mask.numel()))
+
+
 @torch.library.custom_op("actcompile::unpack_bool", mutates_args=(), device_types="cpu")
 def unpack_bool(packed: Tensor, shape: Sequence[int], stride: Sequence[int] | None = None) -> Tensor:
     """``unpack_bool_reference`` as an operator."""

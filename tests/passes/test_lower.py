@@ -19,7 +19,7 @@ from actcompile.passes.pack_masks import pack_masks
 from actcompile.plan import Action, Decision
 from actcompile.triton_kernels.quantize import PLANES
 
-from .pairs import text, trace
+from .pairs import Traced, text, trace
 
 GROUP_SIZE = 64
 LAYOUTS = {
@@ -80,6 +80,21 @@ def test_decoding_fuses_into_what_reads_it() -> None:
 
 
 @pytest.mark.slow
+def test_channels_that_cut_groups_are_decoded_to_memory() -> None:
+    """Loops over channels stay what they are without compression: without divisions, in vectors."""
+    x = torch.randn(2, 3, 6, 6)
+    parts = torch.ops.actcompile.quantize(x, 4, GROUP_SIZE, torch.tensor(7), 3)
+
+    def sum_channels(*parts: Tensor) -> list[Tensor]:
+        decoded = torch.ops.actcompile.dequantize(*parts, 4, GROUP_SIZE, x.shape, x.stride(), x.dtype)
+        return [(decoded - decoded.amax((0, 2, 3), keepdim=True)).sum((0, 2, 3))]
+
+    got, (code,) = run_and_get_code(compiled, sum_channels, list(parts))
+    assert "uint8_t" in code and "div_floor_integer" not in code
+    torch.testing.assert_close(got, sum_channels(*parts))
+
+
+@pytest.mark.slow
 def test_unpack_bool() -> None:
     masks = [tensor(layout) > 0 for layout in LAYOUTS]
     packed = [torch.ops.actcompile.pack_bool(mask) for mask in masks]
@@ -127,12 +142,42 @@ def test_encoders_point_to_their_compiled_bodies() -> None:
     assert text(traced.pair.forward) == once
 
 
-def test_graph_without_encoders_is_unchanged() -> None:
-    traced = trace(
-        lambda w, x: torch.where(x @ w > 0, x @ w, 0.0), torch.randn(8, 8).requires_grad_(), torch.ones(4, 8)
-    )
+def masked() -> Traced:
+    w = torch.randn(8, 8, requires_grad=True)
+    return trace(lambda w, x: torch.where(x @ w > 0, x @ w, 0.0), w, torch.ones(4, 8))
+
+
+def test_masks_are_packed_from_bytes() -> None:
+    traced = masked()
     plan = traced.keep_all(gt=Decision(Action.PACK, "test"))
     pack_masks(traced.pair, plan)
+    lower_codecs(traced.pair, plan)
+    lines = text(traced.pair.forward).splitlines()
+    first = lines.index("gt = gt(mm, 0)") + 1
+    assert lines[first : first + 3] == [
+        "convert_element_type_default = convert_element_type(gt, float32)",
+        "convert_element_type_default_1 = convert_element_type(convert_element_type_default, uint8)",
+        "pack_bool_default = pack_bytes(convert_element_type_default_1)",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_masks_are_written_as_bytes(layout: str) -> None:
+    x = tensor(layout)
+
+    def pack(x: Tensor) -> list[Tensor]:
+        numbers = torch.ops.prims.convert_element_type(x > 0, torch.float32)
+        return [torch.ops.actcompile.pack_bytes(torch.ops.prims.convert_element_type(numbers, torch.uint8))]
+
+    (got,), (code,) = run_and_get_code(compiled, pack, [x])
+    assert "bool*" not in code
+    assert torch.equal(got, torch.ops.actcompile.pack_bool(x > 0))
+
+
+def test_graph_without_encoders_is_unchanged() -> None:
+    traced = masked()
+    plan = traced.keep_all()
     before = text(traced.pair.forward), text(traced.pair.backward)
     lower_codecs(traced.pair, plan)
     assert (text(traced.pair.forward), text(traced.pair.backward)) == before

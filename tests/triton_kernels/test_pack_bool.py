@@ -6,6 +6,7 @@ import torch
 from actcompile.triton_kernels.pack_bool import (
     pack_bool,
     pack_bool_reference,
+    pack_bytes,
     packed_nbytes,
     unpack_bool,
     unpack_bool_reference,
@@ -79,6 +80,7 @@ def test_other_dtypes_are_refused() -> None:
 @pytest.mark.parametrize("mask", [random_mask(3, 43), random_mask(2, 4, 3, 5).to(memory_format=torch.channels_last)])
 def test_operators_pass_opcheck(mask: torch.Tensor) -> None:
     torch.library.opcheck(pack_bool, (mask,))
+    torch.library.opcheck(pack_bytes, (mask.to(torch.uint8),))
     packed = pack_bool_reference(mask)
     torch.library.opcheck(unpack_bool, (packed, list(mask.shape)))
     torch.library.opcheck(unpack_bool, (packed, list(mask.shape), list(mask.stride())))
