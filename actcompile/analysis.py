@@ -194,17 +194,17 @@ def _divides(placeholder: fx.Node) -> bool:
 
 def is_statistic(node: fx.Node) -> bool:
     """Whether ``node`` was reduced from something much larger, pointwise steps after the reduction included."""
-    # A part of a statistic is one.
     node = storage(node)
-    numel = hint(node.meta["val"].numel()) if is_tensor(node) else 0
     if operator_name(node).startswith(_ATTENTION):
         return node.target is operator.getitem and node.args[1:] != (0,)
     pending, seen = [node], set()
     while pending:
-        current = pending.pop()
+        # A part of a statistic is one.
+        current = storage(pending.pop())
         if current in seen or current.op != "call_function":
             continue
         seen.add(current)
+        numel = hint(current.meta["val"].numel()) if is_tensor(current) else 0
         above = [n for n in current.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
         if current.target is operator.getitem:
             above = [n for source in current.all_input_nodes for n in source.all_input_nodes if is_tensor(n)]

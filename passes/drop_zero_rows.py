@@ -6,7 +6,8 @@ becomes
     joint:     ...;  g = unsqueeze(gz, 1);  gx = mul(g, slice(x, 1, 0, 1));  gw = mm(permute(view(gx)), select(h, ...))
 
 A classifier that reads the first token alone hands the last layers a gradient whose other rows are exactly zero. What
-works row by row keeps it so: its rows are computed for the picked one, and of what it reads, only these rows are saved.
+works row by row keeps it so: its rows are computed for the picked one, and of what it reads, only these rows are saved,
+or, where nothing else reads it, computed.
 
     1. select_scatter  into zeros starts it
     2. row by row      products with dense factors, sums and differences of such gradients, views, permutations,
@@ -27,6 +28,7 @@ from torch import fx
 from ._fx import call
 
 aten = torch.ops.aten
+convert = torch.ops.prims.convert_element_type.default
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,15 @@ def _scattered(row: _Row, value: torch.Tensor) -> fx.Node:
     return call(graph, aten.view.default, placed, shape)
 
 
-def _pick(value: fx.Node, dim: int, row: _Row) -> fx.Node:
-    """The elements of ``value`` along ``dim`` where ``row`` has its own, named as ``value`` is."""
+def _pick(value: fx.Node, dim: int, row: _Row, reader: fx.Node) -> fx.Node:
+    """The elements of ``value`` along ``dim`` where ``row`` has its own, named as ``value`` is.
+
+    What ``reader`` alone reads is computed for these alone: a whole derivative would be, in the forward, to save a row.
+    """
     graph, tensor = value.graph, value.meta["val"]
-    if row.outer == 1:
+    if _is_pointwise(value) and value.users.keys() == {reader}:
+        picked = _compact(value, lambda source: _pick_operand(source, tensor.dim() - dim, row, value))
+    elif row.outer == 1:
         picked = call(graph, aten.slice.Tensor, value, dim, row.index, row.index + 1)
     else:
         split = [*tensor.shape[:dim], row.outer, row.length, *tensor.shape[dim + 1 :]]
@@ -107,6 +114,26 @@ def _pick(value: fx.Node, dim: int, row: _Row) -> fx.Node:
     kept = ("nn_module_stack", "stack_trace", "fwd_nn_module_stack", "original_aten")
     picked.meta.update({name: value.meta[name] for name in kept if name in value.meta})
     return picked
+
+
+def _pick_operand(source: fx.Node, from_end: int, row: _Row, reader: fx.Node) -> fx.Node:
+    """``_pick`` of what ``reader`` may broadcast, along the dimension that is ``from_end`` counted from behind."""
+    value = source.meta["val"]
+    if value.dim() < from_end or value.shape[-from_end] == 1:
+        return source
+    return _pick(source, value.dim() - from_end, row, reader)
+
+
+def _compact(node: fx.Node, operand: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    """The call of ``node`` on what ``operand`` makes of its operands."""
+    arguments: Any = fx.node.map_arg((node.args, node.kwargs), operand)
+    return call(node.graph, _operator(node), *arguments[0], **arguments[1])
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    """Whether each element of the result needs one element of each operand."""
+    target = node.target
+    return target is convert or (isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags)
 
 
 def _start(node: fx.Node, rows: Rows) -> _Row | None:
@@ -131,13 +158,9 @@ def _pointwise(node: fx.Node, rows: Rows) -> _Row | None:
     def compact(source: fx.Node) -> fx.Node:
         if source in rows:
             return rows[source].compact
-        value, from_end = source.meta["val"], result.dim() - first.dim
-        if value.dim() < from_end or value.shape[-from_end] == 1:
-            return source
-        return _pick(source, value.dim() - from_end, first)
+        return _pick_operand(source, result.dim() - first.dim, first, node)
 
-    arguments: Any = fx.node.map_arg((node.args, node.kwargs), compact)
-    return replace(first, compact=call(node.graph, _operator(node), *arguments[0], **arguments[1]))
+    return replace(first, compact=_compact(node, compact))
 
 
 def _keeps_zeros(node: fx.Node, rows: Rows) -> bool:
@@ -203,7 +226,7 @@ def _mm(node: fx.Node, rows: Rows) -> _Row | fx.Node | None:
     is_contracted = row.dim == (1 if left in rows else 0)
     other = right if left in rows else left
     if is_contracted:
-        other = _pick(other, 0 if left in rows else 1, row)
+        other = _pick(other, 0 if left in rows else 1, row, node)
     operands = (row.compact, other) if left in rows else (other, row.compact)
     product = call(node.graph, aten.mm.default, *operands)
     return product if is_contracted else replace(row, compact=product)
@@ -226,7 +249,7 @@ _SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor})
 _RULES: Mapping[Any, Callable[[fx.Node, Rows], _Row | fx.Node | None]] = {
     aten.select_scatter.default: _start,
     **dict.fromkeys((*_SUMS, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.where.self), _pointwise),
-    torch.ops.prims.convert_element_type.default: _pointwise,
+    convert: _pointwise,
     aten.clone.default: _pointwise,
     aten.sum.dim_IntList: _sum,
     aten.view.default: _view,
