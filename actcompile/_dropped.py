@@ -101,12 +101,16 @@ def is_promising(x: Tensor, rounding: Tensor, prunings: Iterable[Pruning], group
     groups = rows_of(to_storage_order(x)[: x.numel() // GROUP * GROUP])
     some = groups[:: max(1, len(groups) // _NUM_SAMPLES)].float().contiguous()
     noises = dict(zip(CODE_BITS, rounding.mean(0).tolist(), strict=True))
+    lost: dict[Shape, float] = {}
     for keep, block, value_bits in prunings if len(some) else ():
-        lost = lost_of_blocks(some.view(-1, block), keep).view(some.shape).mul_(some.square()).mean()
-        left = noises.get(value_bits, 0.0) * keep / block
         nbytes = _RIVAL * sparsified_nbytes(x.numel(), keep, block, value_bits, x.dtype)
         rivals = [b for b in CODE_BITS if quantized_nbytes(x.numel(), b, group_size, x.dtype) <= nbytes]
-        if max(rivals, default=0) >= _RIVAL_BITS and float(lost) + left < noises[max(rivals)]:
+        if max(rivals, default=0) < _RIVAL_BITS:
+            continue
+        if (keep, block) not in lost:
+            share = lost_of_blocks(some.view(-1, block), keep).view(some.shape)
+            lost[keep, block] = share.mul_(some.square()).mean().item()
+        if lost[keep, block] + noises.get(value_bits, 0.0) * keep / block < noises[max(rivals)]:
             return True
     return False
 
