@@ -4,6 +4,7 @@ Pointwise functions of an element's position instead of ATen operators: one node
 trace, fuse and schedule, and a loop whose innermost index runs along the bytes, which vectorizes.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ from ..triton_kernels.quantize import PLANES
 
 aten = torch.ops.aten
 
+# Elements that C++ takes at once, at the most.
+_VECTOR = 32
+
 
 def decode_groups(
     codes: ir.TensorBox,
@@ -33,7 +37,7 @@ def decode_groups(
     dtype: torch.dtype,
     in_memory: bool,
 ) -> ir.TensorBox:
-    """``dequantize`` as loops over [group, part, column]: the parts of the narrowest plane, a run of bytes in each.
+    """``dequantize`` as loops over runs of elements that lie in one part of the narrowest plane of one group.
 
     With ``in_memory``, what is decoded lies there for all readers.
     """
@@ -42,9 +46,11 @@ def decode_groups(
     is_cpu = _is_on_cpu(codes)
     parts = 8 // min(PLANES[bits])
     run = group_size // parts
+    unit = _unit(run, group_size, shape, stride) if is_cpu and not in_memory else None
+    ranges = [groups, parts, run] if unit is None else [groups * (group_size // unit), unit]
 
     def decode(index: Sequence[sympy.Expr]) -> Any:
-        group, part, column = index
+        group, part, column = index if unit is None else _locate(index, unit, run, group_size)
         if _is_counting():
             return ops.to_dtype(load_codes([group * run + column]), dtype)
         of_group = _of_group(group, groups, is_cpu)
@@ -65,10 +71,33 @@ def decode_groups(
         return _convert(result, torch.float32, dtype)
 
     device = codes.get_device()
-    decoded = ir.Pointwise.create(device=device, dtype=dtype, inner_fn=decode, ranges=[groups, parts, run])
+    decoded = ir.Pointwise.create(device=device, dtype=dtype, inner_fn=decode, ranges=ranges)
     if in_memory:
         decoded.realize()
     return _restore(decoded, shape, stride)
+
+
+def _unit(run: int, group_size: int, shape: Sequence[Any], stride: Sequence[Any]) -> int | None:
+    """Elements of a row that lie in one part of a group, of ``run`` there are, where rows cut groups; None if not.
+
+    Rows of 384, every other of which starts in the middle of a group, are read in 3 times 128: what is computed of a
+    unit's number stays the same within a vector. A row is what lies along the last dimension in memory.
+    """
+    symbols: Any = convert_shape_to_symint(shape), convert_shape_to_symint(stride)
+    order = storage_permutation(*symbols)
+    row = shape[order[-1]] if order else 1
+    if not isinstance(row, int | sympy.Integer) or row % group_size == 0:
+        return None
+    unit = math.gcd(int(row), run)
+    return unit if unit >= _VECTOR else None
+
+
+def _locate(index: Sequence[sympy.Expr], unit: int, run: int, group_size: int) -> Sequence[sympy.Expr]:
+    """Group, part and column of an element, given the number of its unit and its place in there."""
+    number, lane = index
+    within = ModularIndexing(number, 1, group_size // unit)
+    part, column = FloorDiv(within, run // unit), ModularIndexing(within, 1, run // unit) * unit + lane
+    return FloorDiv(number, group_size // unit), part, column
 
 
 def cuts_groups(group_size: int, shape: Sequence[Any], stride: Sequence[Any]) -> bool:

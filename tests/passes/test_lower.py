@@ -26,6 +26,7 @@ LAYOUTS = {
     "one group": torch.Size([64]),
     "one element": torch.Size([1]),
     "rest": torch.Size([3, 50]),
+    "rows": torch.Size([2, 3, 96]),
     "channels_last": torch.Size([2, 3, 8, 8]),
     "permuted": torch.Size([5, 6, 7]),
 }
@@ -77,6 +78,19 @@ def test_decoding_fuses_into_what_reads_it() -> None:
     (got,) = compiled(function, [codes, scale, zero])
     assert torch._inductor.metrics.generated_kernel_count == 1
     assert torch.equal(got, function(codes, scale, zero)[0])
+
+
+@pytest.mark.slow
+def test_rows_that_cut_groups_are_decoded_in_vectors() -> None:
+    x, weight = torch.randn(8, 384), torch.randn(384)
+    parts = torch.ops.actcompile.quantize(x, 4, 256, torch.tensor(7), 3)
+
+    def scale_rows(*parts: Tensor) -> list[Tensor]:
+        return [torch.ops.actcompile.dequantize(*parts, 4, 256, x.shape, x.stride(), x.dtype) * weight]
+
+    got, (code,) = run_and_get_code(compiled, scale_rows, list(parts))
+    assert "Vectorized<uint8_t>::loadu" in code and code.count("empty_strided_cpu(") == 1
+    assert torch.equal(got[0], scale_rows(*parts)[0])
 
 
 @pytest.mark.slow
