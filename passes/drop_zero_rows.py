@@ -131,9 +131,9 @@ def _compact(node: fx.Node, operand: Callable[[fx.Node], fx.Node]) -> fx.Node:
 
 
 def _is_pointwise(node: fx.Node) -> bool:
-    """Whether each element of the result needs one element of each operand."""
-    target = node.target
-    return target is convert or (isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags)
+    """Whether each element of the result needs one element of each operand, and nothing drawn at random."""
+    tags = node.target.tags if isinstance(node.target, torch._ops.OpOverload) else ()
+    return node.target is convert or (torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags)
 
 
 def _start(node: fx.Node, rows: Rows) -> _Row | None:
