@@ -39,14 +39,15 @@ def decode_groups(
 ) -> ir.TensorBox:
     """``dequantize`` as loops over runs of elements that lie in one part of the narrowest plane of one group.
 
-    With ``in_memory``, what is decoded lies there for all readers.
+    With ``in_memory``, or on the CPU where images' channels cut groups, what is decoded lies there for all readers.
     """
     (groups,) = scale.get_size()
     load_codes, load_scale, load_zero = codes.make_loader(), scale.make_loader(), zero.make_loader()
-    is_cpu = _is_on_cpu(codes)
+    is_cpu, order = _is_on_cpu(codes), _storage_order(shape, stride)
+    in_memory = in_memory or (is_cpu and _cuts_groups(group_size, shape, order))
     parts = 8 // min(PLANES[bits])
     run = group_size // parts
-    unit = _unit(run, group_size, shape, stride) if is_cpu and not in_memory else None
+    unit = _unit(run, group_size, shape, order) if is_cpu and not in_memory else None
     ranges = [groups, parts, run] if unit is None else [groups * (group_size // unit), unit]
 
     def decode(index: Sequence[sympy.Expr]) -> Any:
@@ -74,17 +75,22 @@ def decode_groups(
     decoded = ir.Pointwise.create(device=device, dtype=dtype, inner_fn=decode, ranges=ranges)
     if in_memory:
         decoded.realize()
-    return _restore(decoded, shape, stride)
+    return _restore(decoded, shape, order)
 
 
-def _unit(run: int, group_size: int, shape: Sequence[Any], stride: Sequence[Any]) -> int | None:
+def _storage_order(shape: Sequence[Any], stride: Sequence[Any]) -> list[int]:
+    """The dimensions as they lie in memory."""
+    # Symbols decide as they did while tracing: encoders look at the sizes of each call.
+    symbols: Any = convert_shape_to_symint(shape), convert_shape_to_symint(stride)
+    return storage_permutation(*symbols)
+
+
+def _unit(run: int, group_size: int, shape: Sequence[Any], order: Sequence[int]) -> int | None:
     """Elements of a row that lie in one part of a group, of ``run`` there are, where rows cut groups; None if not.
 
     Rows of 384, every other of which starts in the middle of a group, are read in 3 times 128: what is computed of a
     unit's number stays the same within a vector. A row is what lies along the last dimension in memory.
     """
-    symbols: Any = convert_shape_to_symint(shape), convert_shape_to_symint(stride)
-    order = storage_permutation(*symbols)
     row = shape[order[-1]] if order else 1
     if not isinstance(row, int | sympy.Integer) or row % group_size == 0:
         return None
@@ -100,14 +106,13 @@ def _locate(index: Sequence[sympy.Expr], unit: int, run: int, group_size: int) -
     return FloorDiv(number, group_size // unit), part, column
 
 
-def cuts_groups(group_size: int, shape: Sequence[Any], stride: Sequence[Any]) -> bool:
-    """Whether loops over the channels of images of ``shape`` and ``stride`` start and end within groups.
+def _cuts_groups(group_size: int, shape: Sequence[Any], order: Sequence[int]) -> bool:
+    """Whether loops over the channels of images of ``shape``, stored in ``order``, start and end within groups.
 
     Inductor then writes C++ without vectors, since scale and zero change within one: an element that is decoded where
     it is read takes 2 to 9 ns in the place of 0.3.
     """
-    symbols: Any = convert_shape_to_symint(shape), convert_shape_to_symint(stride)
-    channel = sympy_product([shape[dim] for dim in storage_permutation(*symbols)[2:]])
+    channel = sympy_product([shape[dim] for dim in order[2:]])
     return len(shape) > 3 and not V.graph.sizevars.statically_known_multiple_of(channel, group_size)
 
 
@@ -126,7 +131,8 @@ def unpack_mask(packed: ir.TensorBox, shape: Sequence[Any], stride: Sequence[Any
 
     device = packed.get_device()
     mask = ir.Pointwise.create(device=device, dtype=torch.bool, inner_fn=decode, ranges=[sympy.Integer(8), nbytes])
-    return _restore(mask, shape, stride if stride is not None else ir.FlexibleLayout.contiguous_strides(shape))
+    stride = stride if stride is not None else ir.FlexibleLayout.contiguous_strides(shape)
+    return _restore(mask, shape, _storage_order(shape, stride))
 
 
 def _is_on_cpu(value: ir.TensorBox) -> bool:
@@ -183,11 +189,8 @@ def _is_counting() -> bool:
     return isinstance(V.get_ops_handler(), OpCounterCSE)
 
 
-def _restore(value: ir.TensorBox, shape: Sequence[Any], stride: Sequence[Any]) -> ir.TensorBox:
-    """The first elements of ``value``, in storage order, as ``shape`` with ``stride``."""
-    # Symbols decide as they did while tracing: encoders look at the sizes of each call.
-    symbols: Any = convert_shape_to_symint(shape), convert_shape_to_symint(stride)
-    order = storage_permutation(*symbols)
+def _restore(value: ir.TensorBox, shape: Sequence[Any], order: Sequence[int]) -> ir.TensorBox:
+    """The first elements of ``value`` as ``shape``, whose dimensions lie in memory in ``order``."""
     numel = sympy_product(shape)
     flat = lowerings[aten.view](value, [sympy_product(value.get_size())])
     if flat.get_size()[0] != numel:

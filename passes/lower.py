@@ -37,7 +37,7 @@ from ..triton_kernels._compiled_cpu import Format, start_compiling  # their oper
 from ..triton_kernels._compiled_topk import SparseFormat, start_compiling_sparse
 from ..triton_kernels._layout import storage_permutation
 from . import _fused_encoder
-from ._decoder_loops import cuts_groups, decode_groups, unpack_mask
+from ._decoder_loops import decode_groups, unpack_mask
 from ._fx import GraphPair, call
 from ._views import ALIAS_OPS
 
@@ -177,9 +177,7 @@ def _lower_dequantize(
     if _is_launched(codes):
         return _launch(actcompile.dequantize.default, *arguments)
     # Views of what lies in memory are read there; of what is realized later, each reader would get a copy.
-    is_read_there = any(user.target in needs_realized_inputs for user in V.graph.current_node.users)
-    is_on_cpu = codes.get_device_or_error().type == "cpu"
-    in_memory = is_read_there or (is_on_cpu and cuts_groups(group_size, shape, stride))
+    in_memory = any(user.target in needs_realized_inputs for user in V.graph.current_node.users)
     return decode_groups(*arguments, in_memory=in_memory)
 
 
