@@ -247,6 +247,10 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
         """What Inductor's cache pickles into its key, beside the rest of its configuration."""
         return {"uuid": self.uuid()}
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "Partitioner":
+        """Itself: torch 2.11 copies the configuration that it is part of, and pickles that."""
+        return self
+
     def uuid(self) -> object:
         """What the compiled code depends on besides the graph: this package's sources and the settings."""
         return get_hash_for_files(_sources(), repr((self.config, self.plan)))

@@ -131,6 +131,10 @@ class EncodingKernel(TritonKernel):
         self._encoded: dict[tuple[str, Format], str] = {}
         super().__init__(tiling, **kwargs)
 
+    def want_no_x_dim(self) -> bool:
+        """Rows keep their dimension of size 1: without it, torch 2.11 fails at loads that only rows index."""
+        return False
+
     def store(self, name: str, index: sympy.Expr, value: Any, mode: Any = None) -> None:
         """Stores a result of an encoder; all others as ever."""
         if not str(mode).startswith(_MODE):

@@ -46,7 +46,7 @@ def _compile(widths: list[int], group_size: int, dtype: torch.dtype) -> Callable
 
 
 @torch.library.custom_op(
-    "actcompile::quantize_compiled", mutates_args=(), device_types="cpu", tags=torch.Tag.needs_exact_strides
+    "actcompile::quantize_compiled", mutates_args=(), device_types="cpu", tags=(torch.Tag.needs_exact_strides,)
 )
 def quantize_compiled(x: Tensor, bits: int, group_size: int, seed: Tensor, salt: int) -> tuple[Tensor, Tensor, Tensor]:
     """``quantize`` with a compiled body."""

@@ -40,7 +40,7 @@ def _body(block: int, dtype: torch.dtype) -> Body:
 
 
 @torch.library.custom_op(
-    "actcompile::sparsify_compiled", mutates_args=(), device_types="cpu", tags=torch.Tag.needs_exact_strides
+    "actcompile::sparsify_compiled", mutates_args=(), device_types="cpu", tags=(torch.Tag.needs_exact_strides,)
 )
 def sparsify_compiled(
     x: Tensor, keep: int, block: int, value_bits: int, seed: Tensor, salt: int

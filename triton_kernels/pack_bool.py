@@ -73,7 +73,7 @@ def check_mask(mask: Tensor) -> None:
 
 
 @torch.library.custom_op(
-    "actcompile::pack_bool", mutates_args=(), device_types="cpu", tags=torch.Tag.needs_exact_strides
+    "actcompile::pack_bool", mutates_args=(), device_types="cpu", tags=(torch.Tag.needs_exact_strides,)
 )
 def pack_bool(mask: Tensor) -> Tensor:
     """``pack_bool_reference`` as an operator."""
@@ -95,7 +95,7 @@ def _(mask: Tensor) -> Tensor:
 
 
 @torch.library.custom_op(
-    "actcompile::pack_bytes", mutates_args=(), device_types="cpu", tags=torch.Tag.needs_exact_strides
+    "actcompile::pack_bytes", mutates_args=(), device_types="cpu", tags=(torch.Tag.needs_exact_strides,)
 )
 def pack_bytes(mask: Tensor) -> Tensor:
     """``pack_bool`` of a mask of uint8, 0 or 1, which is what bools are in memory: compilers may write these faster."""

@@ -189,7 +189,7 @@ def check_arguments(dtype: torch.dtype, bits: int, group_size: int) -> None:
 
 # Exact strides: the layout that was traced decides the order in which the backward's decode writes.
 @torch.library.custom_op(
-    "actcompile::quantize", mutates_args=(), device_types="cpu", tags=torch.Tag.needs_exact_strides
+    "actcompile::quantize", mutates_args=(), device_types="cpu", tags=(torch.Tag.needs_exact_strides,)
 )
 def quantize(x: Tensor, bits: int, group_size: int, seed: Tensor, salt: int) -> tuple[Tensor, Tensor, Tensor]:
     """``quantize_reference`` as an operator."""

@@ -171,7 +171,7 @@ def densify_groups(parts: Sequence[Tensor], keep: int, block: int, value_bits: i
 
 # Exact strides: the layout that was traced decides the order in which the backward's decode writes.
 @torch.library.custom_op(
-    "actcompile::sparsify", mutates_args=(), device_types="cpu", tags=torch.Tag.needs_exact_strides
+    "actcompile::sparsify", mutates_args=(), device_types="cpu", tags=(torch.Tag.needs_exact_strides,)
 )
 def sparsify(
     x: Tensor, keep: int, block: int, value_bits: int, seed: Tensor, salt: int
