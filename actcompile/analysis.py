@@ -9,6 +9,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from .passes._attention_bias import is_unaligned_bias
 from .passes._cones import cone, cone_inputs, num_flops
 from .passes._fx import (
     GraphPair,
@@ -134,7 +135,8 @@ def _describe(pair: GraphPair, slot: Slot, returned: set[fx.Node]) -> SavedTenso
         movable=role in (Role.ACTIVATION, Role.BOUNDARY)
         and root not in returned
         and not _is_mutated(source)
-        and not free_unbacked_symbols(value),
+        and not free_unbacked_symbols(value)
+        and not is_unaligned_bias(slot.placeholder),
     )
 
 
@@ -167,6 +169,8 @@ def _obstacle(pair: GraphPair, slot: Slot, role: Role, is_returned: bool) -> str
         return "it is a statistic: small, and an error would spread over all it sums up"
     if _carries_mask(source):
         return "it holds the huge constants of a mask"
+    if is_unaligned_bias(slot.placeholder):
+        return "attention's kernel needs the padding of its rows"
     if _divides(slot.placeholder):
         return "the backward divides by it, and rounding may take it to zero"
     return ""

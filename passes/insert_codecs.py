@@ -11,7 +11,8 @@ becomes
     3. NARROW     integers are cast down in the forward and up again in the backward
     4. KEEP       of parts of a larger tensor copies cross, so that the rest is freed, unless they are all of it
 
-Never touches: other rows that the plan keeps, graph inputs that the caller holds, outputs of the graph.
+Never touches: other rows that the plan keeps, graph inputs that the caller holds, outputs of the graph, attention
+biases whose rows would no longer be aligned.
 """
 
 import torch
@@ -19,6 +20,7 @@ from torch import fx
 
 from actcompile.plan import Action, Decision, Plan
 
+from ._attention_bias import is_unaligned_bias
 from ._fx import (
     ROW_KEY,
     GraphPair,
@@ -62,7 +64,8 @@ def _lone_parts(pair: GraphPair, plan: Plan) -> set[str]:
     kept: dict[fx.Node, list[Slot]] = {}
     for slot in pair.slots:
         root = storage(slot.source)
-        if plan[slot.key].action is Action.KEEP and root not in held and root.op != "placeholder" and is_tensor(root):
+        is_free = root not in held and root.op != "placeholder" and is_tensor(root)
+        if plan[slot.key].action is Action.KEEP and is_free and not is_unaligned_bias(slot.placeholder):
             kept.setdefault(root, []).append(slot)
     return {
         slot.key
@@ -96,10 +99,16 @@ def _quantize(pair: GraphPair, slot: Slot, decision: Decision, salt: int) -> Non
 
 def _copy(pair: GraphPair, slot: Slot) -> None:
     source, placeholder = slot.source, slot.placeholder
-    with pair.forward.graph.inserting_after(source):
+    part = dense_base(pair.forward.graph, source)
+    with pair.forward.graph.inserting_after(part):
         # Dense, with dimensions in the order of their strides.
-        copy = call(pair.forward.graph, aten.clone.default, source)
+        copy = call(pair.forward.graph, aten.clone.default, part)
     (received,) = pair.replace(slot, [copy])
+    if part is not source:
+        with pair.backward.graph.inserting_before(first_user(placeholder)):
+            received = call(
+                pair.backward.graph, aten.expand.default, received, size_args(pair, source.meta["val"].shape)
+            )
     retire(placeholder, received)
 
 

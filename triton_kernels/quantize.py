@@ -104,8 +104,10 @@ def encode_values(groups: Tensor, bits: int, draws: Tensor) -> tuple[Tensor, Ten
     spread = high * 0.5 - low * 0.5
     finite = spread.abs() < math.inf
     # Neither the highest level nor its distance from the zero may lie beyond the largest number.
-    room = (torch.finfo(groups.dtype).max * 0.5 - low * 0.5).clamp(max=MAX_SPREAD) / levels * 2.0
-    raw = torch.minimum(spread / levels * 2.0, room).clamp(MIN_SCALE, MAX_SCALE).view(torch.int32)
+    # A tensor: on CUDA, torch divides by a number by multiplying with its reciprocal.
+    divisor = torch.full((), float(levels), device=values.device)
+    room = (torch.finfo(groups.dtype).max * 0.5 - low * 0.5).clamp(max=MAX_SPREAD) / divisor * 2.0
+    raw = torch.minimum(spread / divisor * 2.0, room).clamp(MIN_SCALE, MAX_SCALE).view(torch.int32)
     above = ((raw + _BF16_CARRY) & _BF16_MASK).view(torch.float32)
     scale = torch.where(above <= room, above, (raw & _BF16_MASK).view(torch.float32))
 

@@ -1,14 +1,23 @@
 """insert_codecs: quantize, expanded tensors, narrow integers, what it leaves alone."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
+from actcompile.analysis import analyze
+from actcompile.passes._fx import GraphPair
 from actcompile.passes.insert_codecs import insert_codecs
-from actcompile.plan import Action, Decision, Plan
+from actcompile.plan import Action, Decision, Plan, Role
 
 from .pairs import text, trace
+
+aten = torch.ops.aten
 
 QUANTIZE = Decision(Action.QUANTIZE, "test", bits=8, group_size=32)
 
@@ -162,3 +171,53 @@ def test_kept_parts_of_a_larger_tensor_are_copied_unless_they_are_all_of_it(num_
     insert_codecs(traced.pair, Plan({**plan, **dict.fromkeys(parts[num_kept:], codes)}))
     copied = [node for slot in traced.pair.slots for node in slot.outputs if slot.key in parts and "clone" in node.name]
     assert len(copied) == num_copies
+
+
+def partitioned(forward: Callable[..., Any], backward: Callable[..., Any], x: Tensor, tangent: Tensor) -> GraphPair:
+    """A pair made by hand: ``forward(x)`` is one output and what is saved, ``backward`` takes that and the tangent."""
+    saved = make_fx(forward)(x)(x)[1:]
+    graphs = make_fx(forward)(x), make_fx(backward)(*saved, tangent)
+    return GraphPair.from_partition(*graphs, 1, 0, [Role.ACTIVATION])
+
+
+def keep(pair: GraphPair) -> Plan:
+    return Plan({slot.key: Decision(Action.KEEP, "test") for slot in pair.slots})
+
+
+def test_repeated_part_of_a_larger_tensor_is_copied_once() -> None:
+    def forward(x: Tensor) -> list[Tensor]:
+        y = x.sin()
+        return [y.sum(), y[:1, :8].expand(2, 8, 8)]
+
+    with FakeTensorMode():
+        pair = partitioned(forward, lambda part, tangent: [part * tangent], torch.randn(4, 16, 8), torch.tensor(2.0))
+        insert_codecs(pair, keep(pair))
+    pair.forward.recompile()
+    pair.backward.recompile()
+    x = torch.randn(4, 16, 8)
+    _, copy = pair.forward(x)
+    assert copy.untyped_storage().nbytes() == 8 * 8 * 4
+    assert torch.equal(pair.backward(copy, torch.tensor(2.0))[0], forward(x)[1] * 2)
+
+
+@pytest.mark.parametrize(("tokens", "is_kept"), [(12, True), (16, False)])
+def test_attention_biases_keep_their_aligned_rows(tokens: int, is_kept: bool) -> None:
+    """The attention of CUDA, which refuses rows of 12 elements; traced on tensors without values."""
+
+    def forward(x: Tensor) -> list[Tensor]:
+        y, bias = x.sin(), F.pad(x, (0, 8))[..., :tokens]
+        output, *rest = aten._scaled_dot_product_efficient_attention(y, y, y, bias, True)
+        return [output, y, bias, output, *rest]
+
+    def backward(y: Tensor, bias: Tensor, *given: Any) -> list[Tensor]:
+        *results, tangent = given
+        inputs = tangent, y, y, y, bias, *results, 0.0, [True, True, True, False]
+        return [aten._scaled_dot_product_efficient_attention_backward(*inputs)[0]]
+
+    with FakeTensorMode():
+        pair = partitioned(forward, backward, torch.randn(2, 4, tokens, tokens), torch.randn(2, 4, tokens, tokens))
+        (row,) = (row for row in analyze(pair) if row.op == "slice")
+        assert (row.obstacle == "attention's kernel needs the padding of its rows") == is_kept
+        insert_codecs(pair, keep(pair))
+    (slot,) = (slot for slot in pair.slots if slot.key == row.key)
+    assert (slot.outputs[0].target is aten.slice.Tensor) == is_kept

@@ -1,5 +1,6 @@
 """lower: what Inductor makes of the codecs gives the bits of the operators."""
 
+import functools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -242,20 +243,19 @@ def test_fused_encoders_on_a_gpu(width: int, dtype: torch.dtype) -> None:
     quantize, dequantize = torch.ops.actcompile.quantize, torch.ops.actcompile.dequantize
     x, weight = (torch.randn(*shape, device="cuda", dtype=dtype) for shape in ((512, width), (width,)))
     seed = torch.tensor(7, device="cuda")
+
+    def encode(bits: int, x: Tensor, weight: Tensor, seed: Tensor) -> list[Tensor]:
+        y = torch.nn.functional.layer_norm(x, (width,), weight)
+        z = torch.nn.functional.gelu(y)
+        return [y, z, *quantize(y, bits, 256, seed, 1), *quantize(z, bits, 256, seed, 2)]
+
+    def decode(bits: int, *codes: Tensor) -> list[Tensor]:
+        return [dequantize(*codes, bits, 256, [512, width], [width, 1], dtype).float() * 2.0]
+
     for bits in PLANES:
-
-        def encode(x: Tensor, weight: Tensor, seed: Tensor, bits: int = bits) -> list[Tensor]:
-            y = torch.nn.functional.layer_norm(x, (width,), weight)
-            z = torch.nn.functional.gelu(y)
-            return [y, z, *quantize(y, bits, 256, seed, 1), *quantize(z, bits, 256, seed, 2)]
-
-        y, z, *encoded = compiled(encode, [x, weight, seed])
+        y, z, *encoded = compiled(functools.partial(encode, bits), [x, weight, seed])
         expected = [*quantize(y, bits, 256, seed, 1), *quantize(z, bits, 256, seed, 2)]
         for got, one in zip(encoded, expected, strict=True):
             torch.testing.assert_close(got, one, rtol=0, atol=0)
-
-        def decode(*codes: Tensor, bits: int = bits) -> list[Tensor]:
-            return [dequantize(*codes, bits, 256, [512, width], [width, 1], dtype).float() * 2.0]
-
-        (got,) = compiled(decode, expected[:3])
-        torch.testing.assert_close((got / 2.0).to(dtype), (decode(*expected[:3])[0] / 2.0).to(dtype), rtol=0, atol=0)
+        (got,), (one,) = compiled(functools.partial(decode, bits), expected[:3]), decode(bits, *expected[:3])
+        torch.testing.assert_close((got / 2.0).to(dtype), (one / 2.0).to(dtype), rtol=0, atol=0)
