@@ -260,6 +260,9 @@ def call_node(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         parts = [node.target(part, *args[1:], **kwargs) for part in args[0].split(num_samples)]  # type: ignore[operator]
         is_tuple = isinstance(parts[0], tuple)
         return tuple(map(torch.cat, zip(*parts, strict=True))) if is_tuple else torch.cat(parts)
+    if node.target is aten.view.default:
+        # Kernels may return other strides than those that were traced: attention's backward of cuDNN does.
+        return args[0].reshape(args[1])
     if name in RANDOM:
         return RANDOM[name](*args, **kwargs)
     return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -162,18 +162,25 @@ class EncodingKernel(TritonKernel):
             shape, numel = self.dense_size_str(), " * ".join(self.dense_size_list())
             mask = f"tl.full({shape}, True, tl.int1)" if indexing.mask_str == "None" else f"({indexing.mask_str})"
             blocks = ", ".join(f"tl.broadcast_to({x}, {shape})" for x in (value, f"({indexing.index_str})", mask))
-            # An argument, so that layers share a kernel; of such a name, since others are told apart by divisibility.
-            salt = self.args.seed_offset("load_seed_offset", form.salt_key)
+            # Arguments, so that layers share a kernel; of such a name, since others are told apart by divisibility; and
+            # halves, since integers have the 32 bits of the kernel's indices.
+            salts = ", ".join(self.args.seed_offset("load_seed_offset", half) for half in _halves(form.salt_key))
             levels = 2**form.bits - 1
             constants = f"{_TRITON_DTYPES[form.dtype]}, {levels}, {form.group_size}, {numel}"
             names = ", ".join(f"{prefix}_{part}" for part in ("codes", "scale", "zero", "group", "exists"))
-            call = f"{self._helper('encode_tile')}({blocks}, {self.args.input(form.seed)}, {salt}, {constants})"
+            call = f"{self._helper('encode_tile')}({blocks}, {self.args.input(form.seed)}, {salts}, {constants})"
             self.compute.writeline(f"{names} = {call}")
         return self._encoded[key]
 
     def _helper(self, function: str) -> str:
         """The name of one of ours in the generated source."""
         return self.helper_functions.add(_HELPERS.format(function=function), base_name=function)
+
+
+def _halves(key: int) -> tuple[int, int]:
+    """The low and the high half of a 64-bit number, signed."""
+    low, high = key & 0xFFFFFFFF, key >> 32
+    return low - 2**32 * (low >> 31), high
 
 
 def _configuration(row: sympy.Expr) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import torch
 from torch import fx
 from torch._inductor import ir
 from torch._inductor.lowering import (
+    constrain_to_fake_tensor,
     fallback_handler,
     lowerings,
     make_fallback,
@@ -82,6 +83,9 @@ def lower_codecs(pair: GraphPair, plan: Plan) -> None:
     for node in (*pair.forward.graph.nodes, *pair.backward.graph.nodes):
         if node.target in _COMPILED_ON_CPU and node.args[0].meta["val"].device.type == "cpu":
             node.target = _COMPILED_ON_CPU[node.target]
+    for node in pair.forward.graph.find_nodes(op="call_function", target=actcompile.quantize.default):
+        # With strides to hold it to, Inductor would write to memory what the encoder computes; the lowering knows them.
+        node.meta.pop("eager_input_vals")
     for node in pair.forward.graph.find_nodes(op="call_function", target=actcompile.pack_bool.default):
         if node.args[0].meta["val"].device.type == "cpu" and _is_computed(node.args[0]):
             _pack_bytes(node)
@@ -151,12 +155,21 @@ def _is_launched(value: ir.TensorBox) -> bool:
     return value.get_device_or_error().type != "cpu" and all(map(_is_library_call, V.graph.current_node.users))
 
 
+def _is_pointwise(value: ir.TensorBox) -> bool:
+    """Whether ``value`` is computed element by element by whatever reads it."""
+    return isinstance(value.data, ir.StorageBox) and isinstance(value.data.data, ir.Pointwise)
+
+
 @register_lowering(actcompile.quantize.default, type_promotion_kind=None)
 def _lower_quantize(x: ir.TensorBox, bits: int, group_size: int, seed: ir.TensorBox, salt: int) -> Any:
-    traced = V.graph.current_node.all_input_nodes[0].meta["val"]
+    source = V.graph.current_node.all_input_nodes[0]
+    traced = source.meta["val"]
     if x.get_device_or_error().type == "cpu" or not _fused_encoder.is_fusable(sympy_product(x.get_size()), group_size):
-        return _launch(actcompile.quantize.default, x, bits, group_size, seed, salt)
-    x.realize()
+        return _launch(actcompile.quantize.default, constrain_to_fake_tensor(x, traced), bits, group_size, seed, salt)
+    # What nobody else reads is computed where it is encoded: rows that hold no whole groups would be written to memory by
+    # the kernel of their statistics, a softmax over a vocabulary in float32.
+    if len(source.users) > 1 or not _is_pointwise(x):
+        x.realize()
     order = storage_permutation(traced.shape, traced.stride())
     flat = lowerings[aten.view](lowerings[aten.permute](x, order), [sympy_product(x.get_size())])
     return _fused_encoder.create_encoder(flat, seed, bits, group_size, salt)

@@ -167,11 +167,15 @@ class _Interpreted:
         blocks = {"pointwise": {"XBLOCK": 512, "YBLOCK": 16}, "persistent_reduction": {"XBLOCK": 4}}
         blocks["reduction"] = {"XBLOCK": 4, "R0_BLOCK": 256}
         self._blocks = blocks.get(heuristic) or options["config"]
+        self._types = options["triton_meta"]["signature"]
 
     def run(self, *args: Any, stream: int) -> None:
         """Launches it."""
         names = self._function.arg_names
         given = dict(zip(names, args, strict=False))
+        # The interpreter's numbers have as many bits as they need.
+        too_large = [name for name, value in given.items() if self._types[name] == "i32" and value.bit_length() > 31]
+        assert not too_large, f"int32 arguments that are larger: {too_large}"
         blocks = {name: size for name, size in self._blocks.items() if name in names}
         grid = [triton.cdiv(given.get(f"{axis}numel", 1), self._blocks.get(f"{axis.upper()}BLOCK", 1)) for axis in "xy"]
         self._function[(*grid, 1)](*args, **blocks)

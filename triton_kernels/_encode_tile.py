@@ -18,7 +18,8 @@ def encode_tile(
     index,
     mask,
     seed_ptr,  # int64 []
-    salt_key,
+    salt_low,
+    salt_high,
     DTYPE: tl.constexpr,
     LEVELS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -31,7 +32,8 @@ def encode_tile(
         index: Positions of x's elements in storage order, of the same shape.
         mask: Whether each element exists, of the same shape; it holds for all elements of a group or for none.
         seed_ptr: The step's seed.
-        salt_key: The mixed salt of the tensor.
+        salt_low: Bits 0 to 31 of the tensor's mixed salt, signed.
+        salt_high: Bits 32 to 63.
         DTYPE: What x is rounded to before it is encoded.
         LEVELS: 2**bits - 1.
 
@@ -47,6 +49,7 @@ def encode_tile(
     low, high = tl.min(values, 1, keep_dims=True), tl.reduce(values, 1, maximum, keep_dims=True)
     scale, inverse, origin, limit, finite = group_steps(low, high, DTYPE, LEVELS)
     fixed = tl.minimum((values * 0.5 - origin) * inverse, limit).to(tl.int32)
+    salt_key = (salt_high.to(tl.int64) << 32) | (salt_low.to(tl.int64) & 0xFFFFFFFF)
     key = tl.load(seed_ptr) ^ salt_key
     codes = (fixed + noise(key, start, tl.arange(0, GROUP_SIZE)[None, :])) >> FRACTION
     scale = tl.where(finite, scale, float("nan")).to(tl.bfloat16)
