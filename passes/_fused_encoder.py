@@ -23,16 +23,18 @@ from torch._inductor.codegen.common import DeferredLine
 from torch._inductor.codegen.triton import FixedTritonConfig, TritonKernel, TritonScheduling
 from torch._inductor.runtime.runtime_utils import next_power_of_2
 from torch._inductor.scheduler import FusedSchedulerNode, SchedulerNode
+from torch._inductor.utils import sympy_subs
 from torch._inductor.virtualized import V, ops
 
 from ..triton_kernels._hash import mix_seed
 from ..triton_kernels.quantize import PLANES, num_groups
 
-# Elements of a program's tile: enough for each thread to read and write 16 bytes at once.
-_TILE, _ELEMENTS_PER_THREAD = 1024, 8
+# Elements of a program's tile, which is one warp's: it finds the extremes of its groups without waiting for others.
+_TILE = 1024
+# Bytes of a row that each thread of its program holds; with twice as many some kernels would spill.
+_ROW_NBYTES_PER_THREAD = 64
 # Rows up to this length stay in registers between their statistics and their encoding; longer ones would spill.
 _LONGEST_ROW = 4096
-_MAX_WARPS = 16
 
 _TRITON_DTYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
 
@@ -126,8 +128,10 @@ class EncodingKernel(TritonKernel):
 
     def __init__(self, tiling: dict[str, sympy.Expr], **kwargs: Any) -> None:
         features = kwargs.get("features")
-        if features is not None and any(_encoders(features.scheduler_nodes())):
-            kwargs |= _configuration(features.reduction_numel)
+        encoders = [] if features is None else list(_encoders(features.scheduler_nodes()))
+        if encoders:
+            itemsize = max(encoder.format.dtype.itemsize for encoder in encoders)
+            kwargs |= _configuration(features.reduction_numel, itemsize)
         self._encoded: dict[tuple[str, Format], str] = {}
         super().__init__(tiling, **kwargs)
 
@@ -158,23 +162,38 @@ class EncodingKernel(TritonKernel):
         key = (str(value), form)
         if key not in self._encoded:
             prefix = self._encoded[key] = f"encoded{len(self._encoded)}"
-            indexing: Any = self.indexing(index, dense_indexing=True, block_ptr=False)
             shape, numel = self.dense_size_str(), " * ".join(self.dense_size_list())
-            mask = f"tl.full({shape}, True, tl.int1)" if indexing.mask_str == "None" else f"({indexing.mask_str})"
-            blocks = ", ".join(f"tl.broadcast_to({x}, {shape})" for x in (value, f"({indexing.index_str})", mask))
+            tile = f"tl.broadcast_to({value}, {shape}), {self._tile_position(index)}"
             # Arguments, so that layers share a kernel; of such a name, since others are told apart by divisibility; and
             # halves, since integers have the 32 bits of the kernel's indices.
             salts = ", ".join(self.args.seed_offset("load_seed_offset", half) for half in _halves(form.salt_key))
             levels = 2**form.bits - 1
             constants = f"{_TRITON_DTYPES[form.dtype]}, {levels}, {form.group_size}, {numel}"
             names = ", ".join(f"{prefix}_{part}" for part in ("codes", "scale", "zero", "group", "exists"))
-            call = f"{self._helper('encode_tile')}({blocks}, {self.args.input(form.seed)}, {salts}, {constants})"
+            call = f"{self._helper('encode_tile')}({tile}, {self.args.input(form.seed)}, {salts}, {constants})"
             self.compute.writeline(f"{names} = {call}")
         return self._encoded[key]
+
+    def _tile_position(self, index: sympy.Expr) -> str:
+        """Position of the first element of a program's tile, and how many there are up to the end of what it runs over.
+
+        A tile's elements are consecutive: it is a run of the tensor or, with a reduction, of one row.
+        """
+        starts = {}
+        for symbol in index.free_symbols & self.range_tree_nodes.keys():
+            entry = self.range_tree_nodes[symbol]
+            starts[symbol] = sympy_subs(entry.expr, {entry.root.index_sym(): _offset(entry.root)})
+        inner = self.active_range_trees()[-1]
+        return f"{self.index_to_str(sympy_subs(index, starts))}, {inner.prefix}numel - {_offset(inner)}"
 
     def _helper(self, function: str) -> str:
         """The name of one of ours in the generated source."""
         return self.helper_functions.add(_HELPERS.format(function=function), base_name=function)
+
+
+def _offset(tree: Any) -> sympy.Symbol:
+    """Where a program's tile begins along a dimension of its kernel."""
+    return sympy.Symbol(f"{tree.prefix}offset", integer=True, nonnegative=True)
 
 
 def _halves(key: int) -> tuple[int, int]:
@@ -183,21 +202,18 @@ def _halves(key: int) -> tuple[int, int]:
     return low - 2**32 * (low >> 31), high
 
 
-def _configuration(row: sympy.Expr) -> dict[str, Any]:
+def _configuration(row: sympy.Expr, itemsize: int) -> dict[str, Any]:
     """Arguments of a kernel whose tiles hold whole groups; ``row`` is what a reduction reduces, or 1."""
     fixed: dict[str, Any] = {"override_cooperative_reduction": False}
     if row == 1:
-        return {**fixed, "fixed_config": FixedTritonConfig({"XBLOCK": _TILE, "num_warps": _num_warps(_TILE)})}
+        return {**fixed, "fixed_config": FixedTritonConfig({"XBLOCK": _TILE, "num_warps": 1})}
     length = next_power_of_2(int(row))
-    block = {"XBLOCK": 1, "num_warps": _num_warps(min(length, _LONGEST_ROW))}
+    num_warps = max(1, min(length, _LONGEST_ROW) * itemsize // (32 * _ROW_NBYTES_PER_THREAD))
+    block = {"XBLOCK": 1, "num_warps": num_warps}
     if length > _LONGEST_ROW:
         block["R0_BLOCK"] = _LONGEST_ROW
     persistent = {"override_persistent_reduction": length <= _LONGEST_ROW}
     return {**fixed, **persistent, "fixed_config": FixedTritonConfig(block)}
-
-
-def _num_warps(elements: int) -> int:
-    return max(1, min(elements // (32 * _ELEMENTS_PER_THREAD), _MAX_WARPS))
 
 
 def _keeps_groups_whole(node1: Any, node2: Any) -> bool:

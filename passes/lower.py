@@ -166,8 +166,8 @@ def _lower_quantize(x: ir.TensorBox, bits: int, group_size: int, seed: ir.Tensor
     traced = source.meta["val"]
     if x.get_device_or_error().type == "cpu" or not _fused_encoder.is_fusable(sympy_product(x.get_size()), group_size):
         return _launch(actcompile.quantize.default, constrain_to_fake_tensor(x, traced), bits, group_size, seed, salt)
-    # What nobody else reads is computed where it is encoded: rows that hold no whole groups would be written to memory by
-    # the kernel of their statistics, a softmax over a vocabulary in float32.
+    # What nobody else reads is computed where it is encoded: otherwise rows that hold no whole groups are written to
+    # memory by the kernel of their statistics, those of a softmax over a vocabulary in float32.
     if len(source.users) > 1 or not _is_pointwise(x):
         x.realize()
     order = storage_permutation(traced.shape, traced.stride())

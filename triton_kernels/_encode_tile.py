@@ -15,8 +15,8 @@ from ._quantize_kernel import FRACTION, group_steps, maximum, noise
 @triton.jit
 def encode_tile(
     x,
-    index,
-    mask,
+    first,
+    remaining,
     seed_ptr,  # int64 []
     salt_low,
     salt_high,
@@ -25,12 +25,12 @@ def encode_tile(
     GROUP_SIZE: tl.constexpr,
     NUMEL: tl.constexpr,
 ):
-    """``encode_groups`` for a tile that holds whole groups, each in a run of GROUP_SIZE places.
+    """``encode_groups`` for a tile of consecutive elements that begins with a group.
 
     Args:
         x: float32, any shape of NUMEL elements.
-        index: Positions of x's elements in storage order, of the same shape.
-        mask: Whether each element exists, of the same shape; it holds for all elements of a group or for none.
+        first: Position of x's first element in storage order.
+        remaining: Elements that exist from there on, whole groups.
         seed_ptr: The step's seed.
         salt_low: Bits 0 to 31 of the tensor's mixed salt, signed.
         salt_high: Bits 32 to 63.
@@ -43,9 +43,9 @@ def encode_tile(
     """
     GROUPS: tl.constexpr = NUMEL // GROUP_SIZE
     values = tl.reshape(x.to(DTYPE).to(tl.float32), [GROUPS, GROUP_SIZE])
-    position = tl.reshape(index.to(tl.int64), [GROUPS, GROUP_SIZE])
-    exists = tl.max(tl.reshape(mask.to(tl.int32), [GROUPS, GROUP_SIZE]), 1, keep_dims=True) > 0
-    start = tl.min(position, 1, keep_dims=True)
+    place = tl.arange(0, GROUPS)[:, None] * GROUP_SIZE
+    start = tl.full([1, 1], first, tl.int64) + place
+    exists = place < remaining
     low, high = tl.min(values, 1, keep_dims=True), tl.reduce(values, 1, maximum, keep_dims=True)
     scale, inverse, origin, limit, finite = group_steps(low, high, DTYPE, LEVELS)
     fixed = tl.minimum((values * 0.5 - origin) * inverse, limit).to(tl.int32)
