@@ -30,7 +30,8 @@ from ..triton_kernels._hash import mix_seed
 from ..triton_kernels.quantize import PLANES, num_groups
 
 # Elements of a program's tile, which is one warp's: it finds the extremes of its groups without waiting for others.
-_TILE = 1024
+# Groups up to the larger size are fused.
+_TILE, _LARGEST_TILE = 512, 1024
 # Bytes of a row that each thread of its program holds; with twice as many some kernels would spill.
 _ROW_NBYTES_PER_THREAD = 64
 # Rows up to this length stay in registers between their statistics and their encoding; longer ones would spill.
@@ -78,7 +79,7 @@ def is_fusable(numel: sympy.Expr, group_size: int) -> bool:
     return (
         V.graph.sizevars.statically_known_multiple_of(numel, group_size)
         and V.graph.sizevars.statically_known_gt(numel, 0)
-        and group_size <= _TILE
+        and group_size <= _LARGEST_TILE
         and not inductor_config.combo_kernels
         and not inductor_config.triton.multi_kernel
         and not inductor_config.triton.prefer_nd_tiling
@@ -130,8 +131,7 @@ class EncodingKernel(TritonKernel):
         features = kwargs.get("features")
         encoders = [] if features is None else list(_encoders(features.scheduler_nodes()))
         if encoders:
-            itemsize = max(encoder.format.dtype.itemsize for encoder in encoders)
-            kwargs |= _configuration(features.reduction_numel, itemsize)
+            kwargs |= _configuration(features.reduction_numel, [encoder.format for encoder in encoders])
         self._encoded: dict[tuple[str, Format], str] = {}
         super().__init__(tiling, **kwargs)
 
@@ -202,13 +202,15 @@ def _halves(key: int) -> tuple[int, int]:
     return low - 2**32 * (low >> 31), high
 
 
-def _configuration(row: sympy.Expr, itemsize: int) -> dict[str, Any]:
+def _configuration(row: sympy.Expr, formats: Sequence[Format]) -> dict[str, Any]:
     """Arguments of a kernel whose tiles hold whole groups; ``row`` is what a reduction reduces, or 1."""
     fixed: dict[str, Any] = {"override_cooperative_reduction": False}
     if row == 1:
-        return {**fixed, "fixed_config": FixedTritonConfig({"XBLOCK": _TILE, "num_warps": 1})}
+        tile = max(_TILE, *(form.group_size for form in formats))
+        return {**fixed, "fixed_config": FixedTritonConfig({"XBLOCK": tile, "num_warps": 1})}
     length = next_power_of_2(int(row))
-    num_warps = max(1, min(length, _LONGEST_ROW) * itemsize // (32 * _ROW_NBYTES_PER_THREAD))
+    nbytes = min(length, _LONGEST_ROW) * max(form.dtype.itemsize for form in formats)
+    num_warps = max(1, nbytes // (32 * _ROW_NBYTES_PER_THREAD))
     block = {"XBLOCK": 1, "num_warps": num_warps}
     if length > _LONGEST_ROW:
         block["R0_BLOCK"] = _LONGEST_ROW

@@ -165,3 +165,11 @@ def test_results_take_the_memory_of_what_nobody_reads_any_more(
     for result, expected in zip(results, function(X, w), strict=True):
         torch.testing.assert_close(result, expected)
     assert (results[0].data_ptr() in products) == is_reused
+
+
+def test_views_accept_other_strides_than_those_that_were_traced() -> None:
+    """cuDNN's attention returns gradients in a layout of its own."""
+    graph = make_fx(lambda x: x.view(2, 12))(torch.randn(2, 3, 4)).graph
+    placeholder, view, _ = graph.nodes
+    x = torch.randn(2, 4, 3).transpose(1, 2)
+    assert torch.equal(call_node(view, {placeholder: x}), x.reshape(2, 12))
