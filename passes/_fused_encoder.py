@@ -129,9 +129,8 @@ class EncodingKernel(TritonKernel):
 
     def __init__(self, tiling: dict[str, sympy.Expr], **kwargs: Any) -> None:
         features = kwargs.get("features")
-        encoders = [] if features is None else list(_encoders(features.scheduler_nodes()))
-        if encoders:
-            kwargs |= _configuration(features.reduction_numel, [encoder.format for encoder in encoders])
+        if features is not None and (formats := [encoder.format for encoder in _encoders(features.scheduler_nodes())]):
+            kwargs |= _configuration(features.reduction_numel, formats)
         self._encoded: dict[tuple[str, Format], str] = {}
         super().__init__(tiling, **kwargs)
 

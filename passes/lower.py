@@ -165,7 +165,8 @@ def _lower_quantize(x: ir.TensorBox, bits: int, group_size: int, seed: ir.Tensor
     source = V.graph.current_node.all_input_nodes[0]
     traced = source.meta["val"]
     if x.get_device_or_error().type == "cpu" or not _fused_encoder.is_fusable(sympy_product(x.get_size()), group_size):
-        return _launch(actcompile.quantize.default, constrain_to_fake_tensor(x, traced), bits, group_size, seed, salt)
+        x = constrain_to_fake_tensor(x, traced)  # type: ignore[no-untyped-call]
+        return _launch(actcompile.quantize.default, x, bits, group_size, seed, salt)
     # What nobody else reads is computed where it is encoded: otherwise rows that hold no whole groups are written to
     # memory by the kernel of their statistics, those of a softmax over a vocabulary in float32.
     if len(source.users) > 1 or not _is_pointwise(x):
