@@ -106,7 +106,7 @@ def decode(decoder: Any, args: Sequence[Any], dim: int, part: Part) -> Tensor:
         stride = strides[0] if strides and strides[0] is not None else _contiguous(shape)
         run = _run(Layout(tuple(shape), tuple(stride)), dim, part)
         if run is not None:
-            return from_storage_order(unpack_range(packed, run), _cut_shape(shape, dim, part), stride)
+            return from_storage_order(unpack_range(packed, run), _cut_shape(shape, dim, part), stride, shape)
     if decoder is dequantize:
         codes, scale, zero, bits, group_size, shape, stride, dtype = args
         run = _run(Layout(tuple(shape), tuple(stride)), dim, part)
@@ -115,7 +115,7 @@ def decode(decoder: Any, args: Sequence[Any], dim: int, part: Part) -> Tensor:
             planes = torch.cat([plane[groups].reshape(-1) for plane in split_planes(codes, bits, group_size)])
             first, numel = groups.start * group_size, run.stop - groups.start * group_size
             flat = dequantize(planes, scale[groups], zero[groups], bits, group_size, [numel], [1], dtype)
-            return from_storage_order(flat[run.start - first :].clone(), _cut_shape(shape, dim, part), stride)
+            return from_storage_order(flat[run.start - first :].clone(), _cut_shape(shape, dim, part), stride, shape)
     return cut(decoder(*args), dim, part)
 
 
@@ -140,7 +140,7 @@ class Groups:
                 return cut(Groups(self.layout, self.group_size).ids(), self.dim, self.part)
             shape = tuple(_cut_shape(shape, self.dim, self.part))
         assert run is not None
-        return from_storage_order(torch.arange(run.start, run.stop) // self.group_size, shape, self.layout.stride)
+        return from_storage_order(torch.arange(run.start, run.stop) // self.group_size, shape, *self._order())
 
     def spread(self, values: Tensor) -> Tensor:
         """For each element the value of its group, one of ``values`` for each group of the whole tensor."""
@@ -152,8 +152,12 @@ class Groups:
         first = run.start // self.group_size
         flat = values[first : -(-run.stop // self.group_size), None].expand(-1, self.group_size).reshape(-1)
         return from_storage_order(
-            flat[run.start - first * self.group_size :][: run.stop - run.start], shape, self.layout.stride
+            flat[run.start - first * self.group_size :][: run.stop - run.start], shape, *self._order()
         )
+
+    def _order(self) -> tuple[Sequence[int], Sequence[int]]:
+        """What ``from_storage_order`` takes a part's order from: strides and shape of the whole tensor."""
+        return self.layout.stride, self.layout.shape
 
     def whole(self) -> slice | None:
         """The groups of the elements, where these lie one after the other from the start of a group on."""

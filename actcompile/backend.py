@@ -243,17 +243,17 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
             log.info("%s", self.record.summary())
         return pair.forward, pair.backward
 
-    def __getstate__(self) -> dict[str, object]:
-        """What Inductor's cache pickles into its key, beside the rest of its configuration."""
-        return {"uuid": self.uuid()}
-
-    def __deepcopy__(self, memo: dict[int, object]) -> "Partitioner":
-        """Itself: torch 2.11 copies the configuration that it is part of, and pickles that."""
-        return self
+    def __reduce__(self) -> tuple[Callable[[object], object], tuple[object]]:
+        """Copies and pickles are the uuid: Inductor's cache makes them of all its settings, and keeps them."""
+        return _identity, (self.uuid(),)
 
     def uuid(self) -> object:
         """What the compiled code depends on besides the graph: this package's sources and the settings."""
         return get_hash_for_files(_sources(), repr((self.config, self.plan)))
+
+
+def _identity(value: object) -> object:
+    return value
 
 
 @functools.cache

@@ -7,7 +7,9 @@ is such a multiple.
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ._views import VIEW_OPS
 
 aten = torch.ops.aten
 
@@ -22,11 +24,15 @@ _ALIGNMENT = 8
 
 
 def is_unaligned_bias(placeholder: fx.Node) -> bool:
-    """Whether the backward adds ``placeholder`` to attention's scores and a dense copy of it had unaligned rows."""
-    value = placeholder.meta["val"]
-    if not isinstance(value, torch.Tensor) or not value.dim() or guard_or_false(value.shape[-1] % _ALIGNMENT == 0):
-        return False
-    return any(user.target in _READERS and _bias(user) is placeholder for user in placeholder.users)
+    """Whether the backward adds ``placeholder`` to attention's scores, and a dense copy might have unaligned rows."""
+    pending = [placeholder]
+    for node in pending:
+        for user in node.users:
+            if user.target in _READERS and _bias(user) is node:
+                return not statically_known_true(node.meta["val"].shape[-1] % _ALIGNMENT == 0)
+            if user.target in VIEW_OPS:
+                pending.append(user)
+    return False
 
 
 def _bias(reader: fx.Node) -> object:

@@ -174,9 +174,9 @@ class EncodingKernel(TritonKernel):
         return self._encoded[key]
 
     def _tile_position(self, index: sympy.Expr) -> str:
-        """Position of the first element of a program's tile, and how many there are up to the end of what it runs over.
+        """Position of the first element of a program's tile, and how many follow, it included.
 
-        A tile's elements are consecutive: it is a run of the tensor or, with a reduction, of one row.
+        A tile is a run of consecutive elements of the tensor or, with a reduction, of one row; it ends where they do.
         """
         starts = {}
         for symbol in index.free_symbols & self.range_tree_nodes.keys():

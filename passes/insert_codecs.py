@@ -15,6 +15,8 @@ Never touches: other rows that the plan keeps, graph inputs that the caller hold
 biases whose rows would no longer be aligned.
 """
 
+import math
+
 import torch
 from torch import fx
 
@@ -28,6 +30,7 @@ from ._fx import (
     body_anchor,
     call,
     first_user,
+    hint,
     hint_nbytes,
     is_tensor,
     retire,
@@ -70,9 +73,17 @@ def _lone_parts(pair: GraphPair, plan: Plan) -> set[str]:
     return {
         slot.key
         for root, slots in kept.items()
-        if sum(hint_nbytes(slot.source) for slot in slots) < hint_nbytes(root)
+        if sum(_copied_nbytes(slot.source) for slot in slots) < hint_nbytes(root)
         for slot in slots
     }
+
+
+def _copied_nbytes(part: fx.Node) -> int:
+    value = part.meta["val"]
+    repeats = math.prod(
+        hint(size) for size, stride in zip(value.shape, value.stride(), strict=True) if hint(stride) == 0
+    )
+    return hint_nbytes(part) // max(1, repeats)
 
 
 def _quantize(pair: GraphPair, slot: Slot, decision: Decision, salt: int) -> None:

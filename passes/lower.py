@@ -39,7 +39,7 @@ from ..triton_kernels._compiled_topk import SparseFormat, start_compiling_sparse
 from ..triton_kernels._layout import storage_permutation
 from . import _fused_encoder
 from ._decoder_loops import decode_groups, unpack_mask
-from ._fx import GraphPair, call
+from ._fx import GraphPair, call, fake_mode
 from ._views import ALIAS_OPS
 
 aten = torch.ops.aten
@@ -52,6 +52,9 @@ _COMPILED_ON_CPU = {
     actcompile.densify.default: actcompile.densify_compiled.default,
     actcompile.sparse_weight_grad.default: actcompile.sparse_weight_grad_compiled.default,
 }
+
+# Where encoders keep what they were traced with.
+_TRACED = "actcompile_traced"
 
 # Decoders that become part of what reads them.
 _FUSED_DECODERS = frozenset({actcompile.dequantize.default, actcompile.unpack_bool.default})
@@ -78,20 +81,28 @@ def lower_codecs(pair: GraphPair, plan: Plan) -> None:
     """Points operators on the CPU to their compiled bodies, and gives libraries on other devices decoders of their own.
 
     What anything else reads would otherwise be decoded to memory for the library, and read there. Masks on the CPU are
-    written as bytes.
+    written as bytes, and on other devices what is encoded need not lie in memory.
     """
     for node in (*pair.forward.graph.nodes, *pair.backward.graph.nodes):
         if node.target in _COMPILED_ON_CPU and node.args[0].meta["val"].device.type == "cpu":
             node.target = _COMPILED_ON_CPU[node.target]
-    for node in pair.forward.graph.find_nodes(op="call_function", target=actcompile.quantize.default):
-        # With strides to hold it to, Inductor would write to memory what the encoder computes; the lowering knows them.
-        node.meta.pop("eager_input_vals")
+    free_inputs(pair.forward.graph)
     for node in pair.forward.graph.find_nodes(op="call_function", target=actcompile.pack_bool.default):
         if node.args[0].meta["val"].device.type == "cpu" and _is_computed(node.args[0]):
             _pack_bytes(node)
     for node in list(pair.backward.graph.nodes):
         if node.target in _FUSED_DECODERS and node.meta["val"].device.type != "cpu":
             _split(node)
+
+
+def free_inputs(graph: fx.Graph) -> None:
+    """Lets encoders compute what they encode: held to strides, Inductor would write it to memory for them.
+
+    The lowering reads them under a name of ours.
+    """
+    for node in graph.find_nodes(op="call_function", target=actcompile.quantize.default):
+        if "eager_input_vals" in node.meta:
+            (node.meta[_TRACED], *_), _ = node.meta.pop("eager_input_vals")
 
 
 def _is_computed(mask: fx.Node) -> bool:
@@ -101,13 +112,21 @@ def _is_computed(mask: fx.Node) -> bool:
 
 def _pack_bytes(encoder: fx.Node) -> None:
     """Has the mask that ``encoder`` packs written as bytes: of bools Inductor's C++ writes one at a time, in 10 ns."""
-    (mask,) = encoder.args
+    (mask,) = encoder.all_input_nodes
     graph = encoder.graph
+    with fake_mode(graph):
+        computed = mask.meta["val"].to(torch.uint8)
+    if _order(computed) != _order(mask.meta["val"]):
+        return
     with graph.inserting_before(encoder):
         # By way of float32: masks become bytes one at a time, too.
         numbers = call(graph, convert, mask, torch.float32)
         encoder.args = (call(graph, convert, numbers, torch.uint8),)
     encoder.target = actcompile.pack_bytes.default
+
+
+def _order(value: torch.Tensor) -> list[int]:
+    return storage_permutation(value.shape, value.stride())
 
 
 def _split(decoder: fx.Node) -> None:
@@ -162,16 +181,17 @@ def _is_pointwise(value: ir.TensorBox) -> bool:
 
 @register_lowering(actcompile.quantize.default, type_promotion_kind=None)
 def _lower_quantize(x: ir.TensorBox, bits: int, group_size: int, seed: ir.TensorBox, salt: int) -> Any:
-    source = V.graph.current_node.all_input_nodes[0]
-    traced = source.meta["val"]
+    node = V.graph.current_node
+    source = node.all_input_nodes[0]
+    traced = node.meta.get(_TRACED, source.meta["val"])
     if x.get_device_or_error().type == "cpu" or not _fused_encoder.is_fusable(sympy_product(x.get_size()), group_size):
         x = constrain_to_fake_tensor(x, traced)  # type: ignore[no-untyped-call]
         return _launch(actcompile.quantize.default, x, bits, group_size, seed, salt)
-    # What nobody else reads is computed where it is encoded: otherwise rows that hold no whole groups are written to
-    # memory by the kernel of their statistics, those of a softmax over a vocabulary in float32.
+    # What nobody else reads, and is no view, is computed where it is encoded: otherwise rows that hold no whole groups
+    # are written to memory by the kernel of their statistics, those of a softmax over a vocabulary in float32.
     if len(source.users) > 1 or not _is_pointwise(x):
         x.realize()
-    order = storage_permutation(traced.shape, traced.stride())
+    order = _order(traced)
     flat = lowerings[aten.view](lowerings[aten.permute](x, order), [sympy_product(x.get_size())])
     return _fused_encoder.create_encoder(flat, seed, bits, group_size, salt)
 

@@ -12,7 +12,8 @@ becomes
     2. backward   a copy comes back right before its first user, and again for users that come much later
     3. ahead      each reload names what the next ones will ask for, so that it is under way in time; through the ticket
                   they run in the order in which they are written
-    4. strides    an exact tensor comes back in the layout that it had; an expanded dimension crosses once
+    4. strides    an exact tensor comes back in the layout that it had, a part of one without its gaps; an expanded
+                  dimension crosses once
 
 Never touches: rows that the plan leaves on the device. Runs last: encoders and decoders are in their places by then.
 """

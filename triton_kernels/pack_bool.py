@@ -27,7 +27,7 @@ def pack_bool_reference(mask: Tensor) -> Tensor:
     """Packs a mask; see the module docstring for the layout.
 
     Args:
-        mask: Bool, any shape and strides; dense memory formats keep their order.
+        mask: Bool, any shape and strides; read in storage order (``_layout``).
 
     Returns:
         uint8 [packed_nbytes(numel)].

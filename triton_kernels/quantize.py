@@ -64,7 +64,7 @@ def quantize_reference(x: Tensor, bits: int, group_size: int, seed: Tensor, salt
     """Quantizes ``x``; see the module docstring for formula and layout.
 
     Args:
-        x: Float32, bfloat16 or float16, any shape and strides; dense memory formats keep their order.
+        x: Float32, bfloat16 or float16, any shape and strides; read in storage order (``_layout``).
         bits: 1, 2, 3, 4, 6 or 8.
         group_size: A power of two from 32 up.
         seed: 0-d int64 on x's device; one value per training step.
@@ -103,9 +103,9 @@ def encode_values(groups: Tensor, bits: int, draws: Tensor) -> tuple[Tensor, Ten
     # Halves, so that the spread of huge values does not overflow; exact.
     spread = high * 0.5 - low * 0.5
     finite = spread.abs() < math.inf
-    # Neither the highest level nor its distance from the zero may lie beyond the largest number.
     # A tensor: on CUDA, torch divides by a number by multiplying with its reciprocal.
-    divisor = torch.full((), float(levels), device=values.device)
+    divisor = torch.full((), float(levels), dtype=torch.float32, device=values.device)
+    # Neither the highest level nor its distance from the zero may lie beyond the largest number.
     room = (torch.finfo(groups.dtype).max * 0.5 - low * 0.5).clamp(max=MAX_SPREAD) / divisor * 2.0
     raw = torch.minimum(spread / divisor * 2.0, room).clamp(MIN_SCALE, MAX_SCALE).view(torch.int32)
     above = ((raw + _BF16_CARRY) & _BF16_MASK).view(torch.float32)

@@ -58,7 +58,7 @@ def sparsify_reference(
     """Prunes ``x``; see the module docstring for formula and layout.
 
     Args:
-        x: Float32, bfloat16 or float16, any shape and strides; dense memory formats keep their order.
+        x: Float32, bfloat16 or float16, any shape and strides; read in storage order (``_layout``).
         keep: Elements kept of each block.
         block: 128, 256, 512 or 1024; or 4 with a ``keep`` of 2, or 16 with 2 or 3.
         value_bits: 16, 8 or 4.

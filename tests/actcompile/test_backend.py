@@ -447,11 +447,11 @@ def test_partitioner_is_pickled_as_its_uuid() -> None:
     task.gradients(compiled(task.model, bits=2))
     (used,) = records.finished()
     fresh = records.GraphRecord(used.config, [])
-    states = [pickle.dumps(Partitioner(used.config, [], record)) for record in (used, fresh)]
-    assert states[0] == states[1]
-    assert states[0] != pickle.dumps(Partitioner(Config(bits=3), [], fresh))
-    # torch 2.11 pickles a copy of its settings.
-    assert states[0] == pickle.dumps(copy.deepcopy(Partitioner(used.config, [], used)))
+    partitioners = [Partitioner(used.config, [], record) for record in (used, fresh)]
+    pickled = [pickle.dumps(partitioner) for partitioner in partitioners]
+    assert pickled[0] == pickled[1] != pickle.dumps(Partitioner(Config(bits=3), [], fresh))
+    # A copy of all settings is what is pickled, and kept: it must not hold the graphs.
+    assert copy.deepcopy(partitioners[0]) == pickle.loads(pickled[0]) == partitioners[0].uuid()
 
 
 def test_model_whose_input_needs_a_gradient() -> None:

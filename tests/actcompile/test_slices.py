@@ -43,3 +43,12 @@ def test_part_is_cut_from_the_whole(shape: tuple[int, ...], order: tuple[int, ..
     of_groups = torch.randn(len(expected))
     spread = groups.spread(of_groups)
     assert torch.equal(spread, of_groups[groups.ids()])
+
+
+def test_part_of_overlapping_elements_has_the_order_of_the_whole() -> None:
+    """Two of its six samples alone overlap no longer."""
+    x, part = torch.randn(14).as_strided((6, 5), (1, 2)), Part(0, 2, 6)
+    codes = torch.ops.actcompile.quantize(x, 8, 32, torch.tensor(3), 1)
+    args = (*codes, 8, 32, x.shape, x.stride(), x.dtype)
+    found = decode(torch.ops.actcompile.dequantize.default, args, 0, part)
+    assert torch.equal(found, cut(torch.ops.actcompile.dequantize(*args), 0, part))

@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from actcompile.analysis import analyze
+from actcompile.passes._attention_bias import is_unaligned_bias
 from actcompile.passes._fx import GraphPair
 from actcompile.passes.insert_codecs import insert_codecs
 from actcompile.plan import Action, Decision, Plan, Role
@@ -187,7 +188,7 @@ def keep(pair: GraphPair) -> Plan:
 def test_repeated_part_of_a_larger_tensor_is_copied_once() -> None:
     def forward(x: Tensor) -> list[Tensor]:
         y = x.sin()
-        return [y.sum(), y[:1, :8].expand(2, 8, 8)]
+        return [y.sum(), y[:1, :8].expand(8, 8, 8)]
 
     with FakeTensorMode():
         pair = partitioned(forward, lambda part, tangent: [part * tangent], torch.randn(4, 16, 8), torch.tensor(2.0))
@@ -200,24 +201,33 @@ def test_repeated_part_of_a_larger_tensor_is_copied_once() -> None:
     assert torch.equal(pair.backward(copy, torch.tensor(2.0))[0], forward(x)[1] * 2)
 
 
+@pytest.mark.parametrize("is_repeated", [False, True])
 @pytest.mark.parametrize(("tokens", "is_kept"), [(12, True), (16, False)])
-def test_attention_biases_keep_their_aligned_rows(tokens: int, is_kept: bool) -> None:
+def test_attention_biases_keep_their_aligned_rows(tokens: int, is_kept: bool, is_repeated: bool) -> None:
     """The attention of CUDA, which refuses rows of 12 elements; traced on tensors without values."""
+    shape = (2, 4, tokens, tokens)
 
     def forward(x: Tensor) -> list[Tensor]:
-        y, bias = x.sin(), F.pad(x, (0, 8))[..., :tokens]
-        output, *rest = aten._scaled_dot_product_efficient_attention(y, y, y, bias, True)
+        y, bias = x.sin(), F.pad(x[: 1 if is_repeated else 2], (0, 8))[..., :tokens]
+        output, *rest = aten._scaled_dot_product_efficient_attention(y, y, y, bias.expand(shape), True)
         return [output, y, bias, output, *rest]
 
     def backward(y: Tensor, bias: Tensor, *given: Any) -> list[Tensor]:
         *results, tangent = given
-        inputs = tangent, y, y, y, bias, *results, 0.0, [True, True, True, False]
+        inputs = tangent, y, y, y, bias.expand(shape), *results, 0.0, [True, True, True, False]
         return [aten._scaled_dot_product_efficient_attention_backward(*inputs)[0]]
 
     with FakeTensorMode():
-        pair = partitioned(forward, backward, torch.randn(2, 4, tokens, tokens), torch.randn(2, 4, tokens, tokens))
+        pair = partitioned(forward, backward, torch.randn(shape), torch.randn(shape))
         (row,) = (row for row in analyze(pair) if row.op == "slice")
         assert (row.obstacle == "attention's kernel needs the padding of its rows") == is_kept
         insert_codecs(pair, keep(pair))
     (slot,) = (slot for slot in pair.slots if slot.key == row.key)
     assert (slot.outputs[0].target is aten.slice.Tensor) == is_kept
+
+
+def test_looking_for_attention_biases_guards_no_sizes() -> None:
+    graph = make_fx(lambda x: x.sin(), tracing_mode="symbolic")(torch.randn(6, 12)).graph
+    (placeholder,) = graph.find_nodes(op="placeholder")
+    assert not is_unaligned_bias(placeholder)
+    assert not placeholder.meta["val"].fake_mode.shape_env.guards

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import run_and_get_code
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from actcompile.passes import lower
@@ -123,6 +124,20 @@ def test_unpack_bool() -> None:
     for got, mask in zip(compiled(unpack_all, packed), masks, strict=True):
         assert got.dtype == torch.bool and got.stride() == mask.stride()
         assert torch.equal(got, mask)
+
+
+@pytest.mark.parametrize(
+    "view", [lambda mask: mask, lambda mask: mask.t(), lambda mask: mask.t().unsqueeze(1).expand(4, 3, 8)]
+)
+def test_masks_written_as_bytes_are_packed_in_their_own_order(view: Callable[[Tensor], Tensor]) -> None:
+    with FakeTensorMode():
+        graph = make_fx(lambda x: torch.ops.actcompile.pack_bool(view(x > 0)))(torch.randn(8, 4))
+    (encoder,) = graph.graph.find_nodes(op="call_function", target=torch.ops.actcompile.pack_bool.default)
+    lower._pack_bytes(encoder)
+    graph.recompile()
+    x = torch.randn(8, 4)
+    mask = view(x > 0)
+    assert torch.equal(torch.ops.actcompile.unpack_bool(graph(x), mask.shape, mask.stride()), mask)
 
 
 def test_attention_reads_what_was_decoded_without_copies() -> None:

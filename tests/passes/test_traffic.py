@@ -11,6 +11,7 @@ import torch
 
 from actcompile._explain import traced_records
 from actcompile.config import Config
+from actcompile.passes.lower import free_inputs
 from bench.models import Workload, make_bert, make_gpt, make_resnet
 
 from ..generated_code import Call, GeneratedCode
@@ -56,11 +57,9 @@ def generated(
     assert record.step is not None
     forward, backward = record.step._forward, record.step._backward
     for node in forward.graph.find_nodes(op="call_function", target=torch.ops.actcompile.quantize.default):
-        # As lower_codecs does.
-        if device == CUDA:
-            node.meta.pop("eager_input_vals")
-        else:
+        if device != CUDA:
             node.target = torch.ops.actcompile.quantize_compiled.default
+    free_inputs(forward.graph)
     return generate(forward, device=device), generate(backward, is_backward=True, device=device)
 
 

@@ -12,7 +12,7 @@ import torch._inductor.config as inductor_config
 from torch import Tensor
 from torch.nn import functional as F
 
-import actcompile.passes.lower  # noqa: F401  lowers the operators
+from actcompile.passes.lower import free_inputs
 from actcompile.triton_kernels.quantize import FLOAT_DTYPES, PLANES
 
 from ..virtual_cuda import generate, run, trace
@@ -42,6 +42,21 @@ def assert_encoded(
     for got, expected in zip(encoded, quantize(value, bits, GROUP_SIZE, SEED, salt), strict=True):
         assert_same_bits(got, expected)
     return value
+
+
+def test_what_nobody_else_reads_is_not_written(tmp_path: Path) -> None:
+    """Rows of 300 hold no whole groups: the kernel of their maxima could not encode them."""
+
+    def encode(x: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
+        return quantize(x - x.amax(1, keepdim=True), 4, GROUP_SIZE, seed, 3)
+
+    x = torch.randn(64, 300)
+    graph = trace(encode, x, SEED)
+    free_inputs(graph.graph)
+    code = generate(graph)
+    assert "empty_strided_cuda((64, 300)" not in code.source
+    for got, expected in zip(run(code, [x, SEED], tmp_path), encode(x, SEED), strict=True):
+        assert_same_bits(got, expected)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)

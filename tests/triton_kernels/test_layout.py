@@ -18,6 +18,7 @@ HEADS = [part.view(4, 2, 3, 2).transpose(1, 2) for part in torch.arange(4 * 2 * 
         (X.permute(2, 0, 1), [1, 2, 0]),
         (X[:, ::2], [0, 1, 2]),
         (X.permute(2, 0, 1)[1:5], [1, 2, 0]),
+        (X.permute(2, 1, 0)[::3], [2, 1, 0]),
         (X[:, :1].transpose(0, 1), [1, 0, 2]),
         (HEADS[1], [0, 2, 1, 3]),
         (torch.zeros(2, 3, 8, 8).to(memory_format=torch.channels_last)[:, :2], [0, 2, 3, 1]),
