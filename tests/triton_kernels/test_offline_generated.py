@@ -22,7 +22,6 @@ def test_table(case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     row = read_row(compile_case(case))
     assert row["spilled_nbytes"] == "0", row
-    assert int(row["registers"]) <= 128, row
     # Elements are read and written 16 bytes at a time.
     assert "x128" in row["loads"] and "x128" in row["stores"], row
     if TABLE_VERSIONS == GENERATED_VERSIONS:
