@@ -103,9 +103,13 @@ def _quantize(pair: GraphPair, slot: Slot, decision: Decision, salt: int) -> Non
             pair.backward.graph, torch.ops.actcompile.dequantize.default, *received, bits, group_size, *layout
         )
         codec.meta[ROW_KEY] = decoded.meta[ROW_KEY] = slot.key
-        if stored is not source:
-            decoded = call(pair.backward.graph, aten.expand.default, decoded, size_args(pair, source.meta["val"].shape))
-    retire(placeholder, decoded)
+    retire(placeholder, decoded if stored is source else _repeat(pair, decoded, source, placeholder))
+
+
+def _repeat(pair: GraphPair, base: fx.Node, source: fx.Node, placeholder: fx.Node) -> fx.Node:
+    """``base``, which has one element along each dimension that ``source`` expands, expanded as ``source`` is."""
+    with pair.backward.graph.inserting_before(first_user(placeholder)):
+        return call(pair.backward.graph, aten.expand.default, base, size_args(pair, source.meta["val"].shape))
 
 
 def _copy(pair: GraphPair, slot: Slot) -> None:
@@ -115,12 +119,7 @@ def _copy(pair: GraphPair, slot: Slot) -> None:
         # Dense, with dimensions in the order of their strides.
         copy = call(pair.forward.graph, aten.clone.default, part)
     (received,) = pair.replace(slot, [copy])
-    if part is not source:
-        with pair.backward.graph.inserting_before(first_user(placeholder)):
-            received = call(
-                pair.backward.graph, aten.expand.default, received, size_args(pair, source.meta["val"].shape)
-            )
-    retire(placeholder, received)
+    retire(placeholder, received if part is source else _repeat(pair, received, source, placeholder))
 
 
 def _narrow(pair: GraphPair, slot: Slot, decision: Decision) -> None:
