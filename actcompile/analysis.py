@@ -19,6 +19,7 @@ from .passes._fx import (
     is_tensor,
 )
 from .passes._naming import module_path, operator_name, source_line
+from .passes._noise_paths import unsafe_placeholders
 from .passes._views import VALUE_PRESERVING_OPS, storage, value_chain
 from .passes._weight_grads import WeightGrad, WeightGrads
 from .plan import Recomputation, Role, SavedTensor
@@ -61,20 +62,6 @@ _MASK_CARRIERS = VALUE_PRESERVING_OPS | frozenset(
     }
 )
 
-_INVERSES = frozenset({aten.reciprocal.default, aten.rsqrt.default, aten.log.default})
-# Operators that are zero where their argument is.
-_KEEP_ZERO = VALUE_PRESERVING_OPS | frozenset(
-    {
-        aten.abs.default,
-        aten.neg.default,
-        aten.sqrt.default,
-        aten.mul.Tensor,
-        aten.mul.Scalar,
-        aten.pow.Tensor_Scalar,
-        torch.ops.prims.convert_element_type.default,
-    }
-)
-
 
 def analyze(pair: GraphPair) -> list[SavedTensor]:
     """One row per slot of ``pair``, in its order."""
@@ -101,7 +88,15 @@ def analyze(pair: GraphPair) -> list[SavedTensor]:
                 recomputation=recomputation,
             )
         )
-    return rows
+    return _without_harm(pair, rows)
+
+
+def _without_harm(pair: GraphPair, rows: Sequence[SavedTensor]) -> list[SavedTensor]:
+    """``rows``, with an obstacle where noise would pass what may make more of it."""
+    placeholders = {slot.key: slot.placeholder for slot in pair.slots}
+    noisy = [placeholders[row.key] for row in rows if not row.obstacle and row.dtype in FLOATS]
+    unsafe = unsafe_placeholders(pair, noisy)
+    return [replace(row, obstacle=row.obstacle or unsafe.get(placeholders[row.key], "")) for row in rows]
 
 
 def _num_rows(placeholder: fx.Node, readers: Sequence[WeightGrad]) -> int:
@@ -171,29 +166,11 @@ def _obstacle(pair: GraphPair, slot: Slot, role: Role, is_returned: bool) -> str
         return "it holds the huge constants of a mask"
     if is_unaligned_bias(slot.placeholder):
         return "attention's kernel needs the padding of its rows"
-    if _divides(slot.placeholder):
-        return "the backward divides by it, and rounding may take it to zero"
     return ""
 
 
 def _is_mutated(source: fx.Node) -> bool:
     return any(user.target is aten.copy_.default for user in source.users)
-
-
-def _divides(placeholder: fx.Node) -> bool:
-    """Whether the backward divides by ``placeholder``, by its root or by what it is a factor of."""
-    pending, seen = [placeholder], set()
-    while pending:
-        node = pending.pop()
-        seen.add(node)
-        for user in node.users:
-            if user.target in _INVERSES or (user.target is aten.div.Tensor and user.args[1] is node):
-                return True
-            if user.target is aten.pow.Tensor_Scalar and float(user.args[1]) < 0:  # type: ignore[arg-type]
-                return True
-            if user.target in _KEEP_ZERO and user not in seen:
-                pending.append(user)
-    return False
 
 
 def is_statistic(node: fx.Node) -> bool:
@@ -217,7 +194,8 @@ def is_statistic(node: fx.Node) -> bool:
             if largest >= _STATISTIC_RATIO * numel:
                 return True
         elif largest <= numel:
-            pending.extend(n for n in above if hint(n.meta["val"].numel()) == numel)
+            # What repeats a statistic lies in its memory.
+            pending.extend(n for n in above if hint(storage(n).meta["val"].numel()) == numel)
     return False
 
 

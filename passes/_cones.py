@@ -9,7 +9,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ._fx import hint
-from .pin_unstable import is_unstable
+from ._noise import Demands, Noise
 
 aten = torch.ops.aten
 
@@ -50,7 +50,7 @@ def cone(source: fx.Node, given: Container[fx.Node]) -> list[fx.Node] | None:
         ordered.append(node)
         return True
 
-    return ordered if visit(source) else None
+    return ordered if visit(source) and not _makes_more_of_noise(source, ordered) else None
 
 
 def cone_inputs(nodes: list[fx.Node]) -> list[fx.Node]:
@@ -75,8 +75,15 @@ def _flops(node: fx.Node) -> int:
     return 2 * hint(node.meta["val"].numel()) * hint(operand.shape[-1])
 
 
+def _makes_more_of_noise(source: fx.Node, nodes: list[fx.Node]) -> bool:
+    """Whether noise in what ``nodes`` read may come out of ``source`` much larger."""
+    found, noise = Demands(), Noise(nodes, (), sources=cone_inputs(nodes))
+    noise.demand(source, found)
+    return bool(found.cuts)
+
+
 def _may_run_again(node: fx.Node) -> bool:
-    if node.op != "call_function" or node.meta.get("recompute") in _USER_SAVES or is_unstable(node):
+    if node.op != "call_function" or node.meta.get("recompute") in _USER_SAVES:
         return False
     if node.target is operator.getitem:
         return True

@@ -107,7 +107,7 @@ class GraphPair:
             trailing_outputs=trailing,
             symbol_placeholders=placeholders[:num_symbols],
             seed=_find_seed(forward) if Role.SEED in input_roles else None,
-            roles=_placeholder_roles(forward, input_roles),
+            roles=placeholder_roles(forward, input_roles),
             input_roles=input_roles,
             descriptors=descriptors,
         )
@@ -155,7 +155,7 @@ class GraphPair:
         return created
 
 
-def _placeholder_roles(forward: fx.GraphModule, input_roles: Sequence[Role]) -> dict[fx.Node, Role]:
+def placeholder_roles(forward: fx.GraphModule, input_roles: Sequence[Role]) -> dict[fx.Node, Role]:
     """Roles of the forward's placeholders; what cannot be told apart counts as the caller's."""
     roles = {}
     for node in forward.graph.find_nodes(op="placeholder"):

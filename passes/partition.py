@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch._functorch.config as functorch_config
 from torch import fx
+from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
 
@@ -31,7 +32,7 @@ from actcompile.plan import Role
 from ._fx import GraphPair, Slot, fake_mode, first_user, graph_outputs, hint, retire
 from ._views import storage, value_chain
 from .drop_zero_rows import drop_zero_rows
-from .pin_unstable import pin_unstable
+from .pin_unstable import pin_unstable, unfold
 from .recompute import offer_inputs
 from .rerun_attention import rerun_attention
 
@@ -65,11 +66,18 @@ def partition(
     cheap = recompute != "none"
     if cheap:
         _embeddings_as_indexing(joint.graph)
-    num_outputs = pin_unstable(joint, num_fwd_outputs) if lossy else num_fwd_outputs
-    with functorch_config.patch(_CHEAP if cheap else {}):
+    settings, num_outputs = dict(_CHEAP) if cheap else {}, num_fwd_outputs
+    if lossy:
+        joint.graph = fx_graph_cse(joint.graph)
+        num_outputs = pin_unstable(joint, num_fwd_outputs, input_roles)
+        # Functions that stand in one node look alike.
+        settings["cse"] = False
+    with functorch_config.patch(settings):
         forward, backward = min_cut_rematerialization_partition(
             joint, joint_inputs, num_fwd_outputs=num_outputs, **kwargs
         )
+    for module in (forward, backward):
+        unfold(module.graph)
     pair = GraphPair.from_partition(forward, backward, num_fwd_outputs, num_outputs - num_fwd_outputs, input_roles)
     _share_saved_values(pair)
     if lossy:

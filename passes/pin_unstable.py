@@ -1,59 +1,58 @@
 """Makes the forward, where values are exact, compute what turns small noise into large errors. Lossless.
 
-The backward recomputes from saved tensors, and those may come back with rounding noise. Recomputing a smooth function
-of them passes the noise on; recomputing a comparison flips it where the value is near the threshold, which is an error
-of the size of the gradient; recomputing an exponential multiplies by that of the noise, which is biased and has no
-bound. The exponential itself (in cross-entropy, the probability) takes the same bytes and enters linearly.
+The backward recomputes from saved tensors, and those may come back with rounding noise. A linear operator passes the
+noise on, and so does a bounded function (_noise.py); a comparison flips where the value is near the threshold, a square
+root, a logarithm, a quotient or an operator that nobody listed may make anything of it. What these yield takes no more
+bytes than what they read, and enters the gradient linearly.
 
     joint:     y = relu(x);            ...;  gx = where(le(y, 0), 0, gy)
 becomes
     joint:     m = le(x, 0);  y = where(m, 0, x);  ...;  gx = where(m, 0, gy)      m is an output of the forward
 
     1. relu           split into comparison and selection, so that a noisy x passes through it unbiased
-    2. comparisons    and everything else that turns floating-point values into bools or integers, and what rounds
-                      them (sign, floor): an output of the forward until the partition is done
-    3. exponentials   likewise, unless their argument is a negative square
-    4. tuples         operators that return such a result beside others (max-pooling's indices) are never run again
+    2. gradients      that are multiplied by several factors are by one (factor_tangents.py)
+    3. cuts           that gradients demand: outputs of the forward until the partition is done
+    4. units          bounded functions of one node, in however many operators (1 / (1 + exp(-x))): one operator until
+                      the partition is done, so that nothing between is saved
+    5. tuples         operators that return a cut beside others (max-pooling's indices) are never run again
 
 Never touches: operators that a checkpoint of the user's recomputes; what depends on a tangent.
 """
 
 import operator
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ._fx import call, graph_outputs, is_tensor, tangent_dependent
+from actcompile.plan import Role
+
+from ._fx import call, graph_outputs, placeholder_roles, tangent_dependent
+from ._noise import Kind, Noise, Unit
+from .factor_tangents import factor_tangents
 
 aten = torch.ops.aten
 
-# Operators that jump, or grow without bound, and yield floating-point values.
-_UNSTABLE = frozenset(
-    {
-        aten.sign.default,
-        aten.sgn.default,
-        aten.floor.default,
-        aten.ceil.default,
-        aten.round.default,
-        aten.trunc.default,
-        aten.exp.default,
-        aten.exp2.default,
-        aten.expm1.default,
-    }
-)
-
+# Nodes that stand for a bounded function carry its graph under this name.
+_UNIT = "actcompile_unit"
 _USER_RECOMPUTES = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
+# Whose values, and what is made of them alone, are never noisy.
+_EXACT_ROLES = (Role.PARAMETER, Role.BUFFER, Role.SEED)
 
 
-def pin_unstable(joint: fx.GraphModule, num_forward_outputs: int) -> int:
-    """Rewrites ``joint`` in place and returns how many outputs its forward has now."""
+def pin_unstable(joint: fx.GraphModule, num_forward_outputs: int, input_roles: Sequence[Role]) -> int:
+    """Rewrites ``joint`` in place and returns how many outputs its forward has now; ``unfold`` ends what it begins."""
     graph = joint.graph
     for node in graph.find_nodes(op="call_function", target=aten.relu.default):
-        if node.meta.get("recompute") not in _USER_RECOMPUTES:
+        if not _is_recomputed(node):
             _split_relu(node)
-    dependent = tangent_dependent(graph)
-    pinned = [node for node in graph.nodes if node not in dependent and is_unstable(node)]
+    factor_tangents(joint, _noise_in(joint, num_forward_outputs, input_roles))
+    noise = _noise_in(joint, num_forward_outputs, input_roles)
+    demands = noise.demands()
+    pinned = [node for node in graph.nodes if (node in demands.cuts or node in demands.fixed) and _may_pin(node)]
+    _fold(graph, noise, demands.units)
     for node in pinned:
         if node.target is operator.getitem:
             node.all_input_nodes[0].meta["recompute"] = CheckpointPolicy.MUST_SAVE
@@ -64,9 +63,85 @@ def pin_unstable(joint: fx.GraphModule, num_forward_outputs: int) -> int:
     if "desc" in output.meta:
         desc = output.meta["desc"]
         output.meta["desc"] = [*desc[:num_forward_outputs], *(None for _ in pinned), *desc[num_forward_outputs:]]
+    graph.eliminate_dead_code()
     graph.lint()
     joint.recompile()
     return num_forward_outputs + len(pinned)
+
+
+def _noise_in(joint: fx.GraphModule, num_forward_outputs: int, input_roles: Sequence[Role]) -> Noise:
+    graph, roles = joint.graph, placeholder_roles(joint, input_roles)
+    return Noise(
+        graph.nodes,
+        tangent_dependent(graph),
+        sources=[node for node, role in roles.items() if role not in _EXACT_ROLES],
+        exact={node for node, role in roles.items() if role is not Role.BOUNDARY},
+        results=graph_outputs(graph)[num_forward_outputs:],
+    )
+
+
+def unfold(graph: fx.Graph) -> None:
+    """Puts the operators of bounded functions in the place of the nodes that stand for them."""
+    made: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        unit = node.meta.get(_UNIT)
+        if unit is None or node.op != "call_function":
+            continue
+        values: dict[fx.Node, fx.Node] = {}
+        with graph.inserting_before(node):
+            for inner in unit.nodes:
+                if inner.op == "placeholder":
+                    values[inner] = node.all_input_nodes[0]
+                elif inner.op == "output":
+                    node.replace_all_uses_with(values[inner.all_input_nodes[0]])
+                else:
+                    # What several functions of one node share is computed once.
+                    key = repr((inner.target, *fx.node.map_arg((inner.args, inner.kwargs), values.__getitem__)))
+                    if key not in made:
+                        made[key] = graph.node_copy(inner, values.__getitem__)
+                    values[inner] = made[key]
+        graph.erase_node(node)
+
+
+def _may_pin(node: fx.Node) -> bool:
+    return node.op == "call_function" and not _is_recomputed(node)
+
+
+def _is_recomputed(node: fx.Node) -> bool:
+    return node.meta.get("recompute") in _USER_RECOMPUTES
+
+
+def _fold(graph: fx.Graph, noise: Noise, units: dict[fx.Node, Unit]) -> None:
+    """Case 4."""
+    folded = {}
+    for node, unit in units.items():
+        if not any(map(_is_recomputed, unit.nodes)) and any(noise.kind(n) is not Kind.FREE for n in unit.nodes[:-1]):
+            folded[node] = _graph_of(unit)
+    roots = {node: units[node].root for node in folded}
+    stands_for: dict[fx.Node, fx.Node] = {}
+    for node in [node for node in graph.nodes if node in folded]:
+        with graph.inserting_before(node):
+            # An operator that the partitioner knows as one to be run again.
+            one = graph.call_function(aten.sigmoid.default, (stands_for.get(roots[node], roots[node]),))
+        one.meta = {**node.meta, _UNIT: folded[node]}
+        node.replace_all_uses_with(one)
+        stands_for[node] = one
+
+
+def _graph_of(unit: Unit) -> fx.Graph:
+    graph = fx.Graph()
+    values = {unit.root: graph.placeholder("root")}
+
+    def copied(node: fx.Node) -> fx.Node:
+        if node not in values:
+            # A constant.
+            values[node] = graph.node_copy(node)
+        return values[node]
+
+    for node in unit.nodes:
+        values[node] = graph.node_copy(node, copied)
+    graph.output(values[unit.nodes[-1]])
+    return graph
 
 
 def _split_relu(node: fx.Node) -> None:
@@ -86,32 +161,3 @@ def _split_relu(node: fx.Node) -> None:
             graph.erase_node(user)
     node.replace_all_uses_with(selected)
     graph.erase_node(node)
-
-
-def is_unstable(node: fx.Node) -> bool:
-    """Whether noise in the floating-point values that ``node`` reads may come out much larger."""
-    if node.op != "call_function" or not is_tensor(node) or node.meta.get("recompute") in _USER_RECOMPUTES:
-        return False
-    if node.meta["val"].dtype.is_floating_point:
-        return node.target in _UNSTABLE and not _is_below_zero(node.all_input_nodes[0])
-    sources = node.all_input_nodes
-    if node.target is operator.getitem:
-        sources = sources[0].all_input_nodes
-    return any(is_tensor(source) and source.meta["val"].dtype.is_floating_point for source in sources)
-
-
-def _is_below_zero(node: fx.Node) -> bool:
-    """Whether ``node`` is minus a square, as in GELU: its exponential stays below 1 with any noise."""
-    if node.target is aten.neg.default:
-        return _is_square(node.args[0])
-    if node.target is not aten.mul.Tensor or not isinstance(node.args[1], float | int):
-        return False
-    return bool(node.args[1] < 0) and _is_square(node.args[0])
-
-
-def _is_square(node: object) -> bool:
-    if not isinstance(node, fx.Node):
-        return False
-    if node.target is aten.pow.Tensor_Scalar:
-        return bool(node.args[1] == 2)
-    return node.target is aten.mul.Tensor and node.args[0] is node.args[1]

@@ -1,0 +1,332 @@
+"""Collects what a gradient is multiplied with, one factor after the other, in one factor. Changes rounding alone.
+
+    joint:     t = mul(g, s);  u = div(t, y);  gx = where(m, u, g)
+becomes
+    joint:     f = where(m, s / y, 1);  gx = mul(g, f)
+
+What saved tensors' noise does to a gradient can be told from the whole factor: s / y may be a bounded function of x
+where 1 / y has a pole, and where it is none, f is what to store, of the selected branch alone. Each of s, y and m by
+itself would have noise of the size of its largest values.
+
+    1. products     of a gradient with factors, quotients by them, negation
+    2. selections   between products of the same gradient, or zero
+    3. sums         and differences of products of the same gradient
+    4. quotients    that stand alone: mul(g, 1 / y), so that the divisor may be stored as its inverse
+
+Never touches: gradients that something else reads, factors computed from parameters alone, types that differ.
+"""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ._bounded import constant_of
+from ._fx import call, graph_outputs, is_tensor, tangent_dependent
+from ._noise import Noise
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+_HALVES = (torch.float16, torch.bfloat16)
+# What a new node has from the one whose place it takes.
+_KEPT = ("nn_module_stack", "fwd_nn_module_stack", "stack_trace", "original_aten", "recompute", "ac_graph_id")
+
+# A factor: a node, a number, or an operator on factors.
+_Factor = fx.Node | float | tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class _Product:
+    """``base`` times ``factor``; ``steps`` are the nodes between."""
+
+    base: fx.Node
+    factor: _Factor
+    steps: tuple[fx.Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Factors ``over`` and divisors ``under``, made of the same elements."""
+
+    origins: frozenset[Any]
+    over: list[_Factor]
+    under: list[_Factor]
+
+
+def factor_tangents(joint: fx.GraphModule, noise: Noise) -> None:
+    """Rewrites ``joint`` in place; ``noise`` tells what its nodes are made of."""
+    graph = joint.graph
+    dependent = tangent_dependent(graph)
+    products: dict[fx.Node, _Product] = {}
+    inner: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node in dependent and node.op == "call_function" and is_tensor(node):
+            found = _product(node, dependent, products)
+            if found is not None:
+                products[node] = found
+                inner |= set(found.steps) - {node}
+    results = set(graph_outputs(graph))
+    for node, product in products.items():
+        groups = _groups(product.factor, noise) if node not in inner or node in results else []
+        if any(map(_is_worth_it, groups)):
+            _rewrite(node, product, groups)
+    graph.eliminate_dead_code()
+    graph.lint()
+    joint.recompile()
+
+
+def _product(node: fx.Node, dependent: set[fx.Node], products: Mapping[fx.Node, _Product]) -> _Product | None:
+    """What ``node`` is, if that is a gradient of its shape and type times a factor."""
+    rule = _RULES.get(node.target)
+    if rule is None or node.kwargs or not node.meta["val"].dtype.is_floating_point:
+        return None
+
+    def read(value: Any) -> _Product | _Factor | None:
+        if not isinstance(value, fx.Node):
+            return value if isinstance(value, int | float) else None
+        if value not in dependent:
+            constant = constant_of(value)
+            return value if constant is None or value.meta["val"].dim() else float(constant)
+        if not _is_alike(value, node):
+            return None
+        one = products.get(value)
+        return one if one is not None and len(value.users) == 1 else _Product(value, 1.0)
+
+    operands = [read(value) for value in node.args]
+    if any(value is None for value in operands) or not all(map(_fits(node), operands)):
+        return None
+    found = rule(*operands)
+    return None if found is None else _Product(found.base, found.factor, (*found.steps, node))
+
+
+def _is_alike(value: fx.Node, node: fx.Node) -> bool:
+    one, other = value.meta["val"], node.meta["val"]
+    return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
+
+
+def _fits(node: fx.Node) -> Any:
+    """Whether an operand leaves type and shape of the gradient as they are."""
+    result = node.meta["val"]
+
+    def fits(operand: Any) -> bool:
+        if not isinstance(operand, fx.Node):
+            return True
+        value = operand.meta["val"]
+        return value.dtype in (result.dtype, torch.bool) and value.device == result.device
+
+    return fits
+
+
+def _mul(left: Any, right: Any) -> _Product | None:
+    if isinstance(left, _Product) == isinstance(right, _Product):
+        return None
+    product, factor = (left, right) if isinstance(left, _Product) else (right, left)
+    return _Product(product.base, _times(product.factor, factor), product.steps)
+
+
+def _times(left: _Factor, right: _Factor) -> _Factor:
+    return right if left == 1.0 else ("mul", left, right)
+
+
+def _div(left: Any, right: Any) -> _Product | None:
+    if not isinstance(left, _Product) or isinstance(right, _Product):
+        return None
+    return _Product(left.base, ("div", left.factor, right), left.steps)
+
+
+def _neg(value: Any) -> _Product | None:
+    return _Product(value.base, ("neg", value.factor), value.steps) if isinstance(value, _Product) else None
+
+
+def _both(kind: str, left: Any, right: Any, *mask: Any) -> _Product | None:
+    """Of the same gradient; zero is any gradient times zero."""
+    given = [value for value in (left, right) if isinstance(value, _Product)]
+    zeros = [value for value in (left, right) if not isinstance(value, _Product)]
+    if not given or any(value.base is not given[0].base for value in given) or any(value != 0 for value in zeros):
+        return None
+    factors = [value.factor if isinstance(value, _Product) else 0.0 for value in (left, right)]
+    return _Product(given[0].base, (kind, *mask, *factors), tuple(step for value in given for step in value.steps))
+
+
+def _where(mask: Any, left: Any, right: Any) -> _Product | None:
+    return _both("where", left, right, mask) if isinstance(mask, fx.Node) else None
+
+
+def _add(left: Any, right: Any) -> _Product | None:
+    return _both("add", left, right)
+
+
+def _sub(left: Any, right: Any) -> _Product | None:
+    return _both("sub", left, right)
+
+
+# Operator -> what it makes of products of a gradient.
+_RULES: Mapping[Any, Any] = {
+    aten.mul.Tensor: _mul,
+    aten.mul.Scalar: _mul,
+    aten.div.Tensor: _div,
+    aten.div.Scalar: _div,
+    aten.neg.default: _neg,
+    aten.where.self: _where,
+    aten.add.Tensor: _add,
+    aten.sub.Tensor: _sub,
+}
+
+
+def _parts(factor: _Factor) -> set[fx.Node]:
+    """What ``factor`` is made of, masks left out."""
+    if isinstance(factor, fx.Node):
+        return set() if factor.meta["val"].dtype == torch.bool else {factor}
+    return set().union(*map(_parts, factor[1:])) if isinstance(factor, tuple) else set()
+
+
+def _is_worth_it(group: _Group) -> bool:
+    """Whether there is more to a factor than one value as it was computed."""
+    if not group.origins:
+        return False
+    pieces = [*group.over, *group.under]
+    return (
+        bool(group.under) or len(pieces) > 1 or any(isinstance(piece, tuple) and _has_choice(piece) for piece in pieces)
+    )
+
+
+def _has_choice(factor: _Factor) -> bool:
+    """Whether it has a divisor, is a sum, or selects more than a mask's zero."""
+    if not isinstance(factor, tuple):
+        return False
+    kind, *operands = factor
+    is_one = kind in ("add", "sub", "div") or (kind == "where" and 0.0 not in operands[1:])
+    return is_one or any(map(_has_choice, operands))
+
+
+def _groups(factor: _Factor, noise: Noise) -> list[_Group]:
+    """The factors of a product, in groups that are made of different elements; one group is exact."""
+    over: list[_Factor] = []
+    under: list[_Factor] = []
+    _flatten(factor, over, under)
+    groups = [_Group(frozenset(), [], [])]
+    for piece, is_over in [*((piece, True) for piece in over), *((piece, False) for piece in under)]:
+        origins = frozenset().union(*(noise.origins(part) for part in _parts(piece)))
+        group = _Group(origins, [piece], []) if is_over else _Group(origins, [], [piece])
+        alike = [one for one in groups if (one.origins & origins) or (not origins and not one.origins)]
+        for one in alike:
+            groups.remove(one)
+            group = _Group(one.origins | group.origins, [*one.over, *group.over], [*one.under, *group.under])
+        groups.append(group)
+    return sorted(groups, key=lambda group: bool(group.origins))
+
+
+def _flatten(factor: _Factor, over: list[_Factor], under: list[_Factor]) -> None:
+    if isinstance(factor, tuple) and factor[0] == "mul":
+        _flatten(factor[1], over, under)
+        _flatten(factor[2], over, under)
+    elif isinstance(factor, tuple) and factor[0] == "div":
+        _flatten(factor[1], over, under)
+        _flatten(factor[2], under, over)
+    elif isinstance(factor, tuple) and factor[0] == "neg":
+        _flatten(factor[1], over, under)
+        over.append(-1.0)
+    elif factor != 1.0:
+        over.append(factor)
+
+
+def _rewrite(node: fx.Node, product: _Product, groups: Sequence[_Group]) -> None:
+    """Puts base times factors in the place of ``node``. Quotients of half-precision numbers are computed in float32."""
+    graph, dtype = node.graph, node.meta["val"].dtype
+    precision = torch.float32 if dtype in _HALVES and any(group.under for group in groups) else dtype
+    with graph.inserting_before(node):
+        build = _Builder(node, precision)
+        result = product.base
+        if precision is not dtype:
+            result = build.call(prims.convert_element_type.default, result, precision)
+        for group in groups:
+            factor = build.product(group)
+            if factor != 1.0:
+                result = build.call(aten.mul.Tensor, result, factor)
+        if precision is not dtype:
+            result = build.call(prims.convert_element_type.default, result, dtype)
+    result.meta = {**node.meta, "val": result.meta["val"], "eager_input_vals": result.meta["eager_input_vals"]}
+    node.replace_all_uses_with(result)
+
+
+@dataclass(frozen=True)
+class _Builder:
+    """Writes factors in front of ``node``, computed in ``precision``."""
+
+    node: fx.Node
+    precision: torch.dtype
+
+    def call(self, target: Any, *args: Any) -> fx.Node:
+        """One operator."""
+        made = call(self.node.graph, target, *args)
+        made.meta.update({name: self.node.meta[name] for name in _KEPT if name in self.node.meta})
+        return made
+
+    def product(self, group: _Group) -> fx.Node | float:
+        """The value of ``group``."""
+        over = self._multiplied(group.over)
+        return over if not group.under else self._divided(over, self._multiplied(group.under))
+
+    def _multiplied(self, factors: Sequence[_Factor]) -> fx.Node | float:
+        number = math.prod(factor for factor in factors if isinstance(factor, int | float))
+        nodes = [self.factor(factor) for factor in factors if not isinstance(factor, int | float)]
+        result: fx.Node | float = (
+            functools.reduce(lambda a, b: self.call(aten.mul.Tensor, a, b), nodes) if nodes else number
+        )
+        return self.call(aten.mul.Tensor, result, number) if nodes and number != 1 else result
+
+    def _divided(self, over: fx.Node | float, under: fx.Node | float) -> fx.Node | float:
+        if not isinstance(under, fx.Node):
+            return self.call(aten.div.Tensor, over, under) if isinstance(over, fx.Node) else over / under
+        if isinstance(over, fx.Node):
+            return self.call(aten.div.Tensor, over, under)
+        inverse = self.call(aten.reciprocal.default, under)
+        return inverse if over == 1 else self.call(aten.mul.Tensor, inverse, over)
+
+    def factor(self, factor: _Factor) -> fx.Node | float:
+        """The value of ``factor``."""
+        if isinstance(factor, fx.Node):
+            if factor.meta["val"].dtype in (torch.bool, self.precision):
+                return factor
+            return self.call(prims.convert_element_type.default, factor, self.precision)
+        if not isinstance(factor, tuple):
+            return float(factor)
+        kind, *operands = factor
+        given = [self.factor(operand) for operand in operands]
+        if kind == "where":
+            given[1:] = [self._tensor(value) for value in given[1:]]
+        elif kind in ("mul", "add") and not isinstance(given[0], fx.Node):
+            given.reverse()
+        if not any(isinstance(value, fx.Node) for value in given):
+            left, right = (*given, 1.0)[:2]
+            return {
+                "div": left / right,
+                "mul": left * right,
+                "add": left + right,
+                "sub": left - right,
+                "neg": -left,
+            }.get(kind, left)
+        if kind == "div":
+            return self._divided(given[0], given[1])
+        if kind == "sub" and not isinstance(given[0], fx.Node):
+            return self.call(aten.rsub.Scalar, given[1], given[0])
+        return self.call(_OPERATORS[kind], *given)
+
+    def _tensor(self, value: fx.Node | float) -> fx.Node:
+        if isinstance(value, fx.Node):
+            return value
+        device = self.node.meta["val"].device
+        return call(self.node.graph, aten.scalar_tensor.default, value, dtype=self.precision, device=device)
+
+
+_OPERATORS: Mapping[str, Any] = {
+    "mul": aten.mul.Tensor,
+    "neg": aten.neg.default,
+    "add": aten.add.Tensor,
+    "sub": aten.sub.Tensor,
+    "where": aten.where.self,
+}
