@@ -11,6 +11,7 @@ The nodes that gradients read are demanded; a free node demands what it reads, a
 must be given: computed from exact values. It may then be stored in a few bits itself, since it enters linearly.
 """
 
+import math
 import operator
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
@@ -22,13 +23,15 @@ from torch import fx
 
 from ._bounded import constant_of, is_bounded
 from ._fx import is_tensor
-from ._noise_rules import LINEAR, LINEAR_BACKWARD, PRODUCTS
-from ._views import VIEW_OPS
+from ._noise_rules import FACTORIZATIONS, LINEAR, LINEAR_BACKWARD, PRODUCTS
+from ._views import VIEW_OPS, storage
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
 # Operators that a function of one number may have; longer ones are cuts.
 _MOST_STEPS = 40
+# Groups of fewer elements would take too many scales and zeros.
+SMALLEST_GROUP = 64
 # Roots to try.
 _MOST_ROOTS = 12
 
@@ -74,6 +77,7 @@ class Noise:
         sources: Nodes from which noise may come, directly or by what is computed from them.
         exact: Those of them that have none themselves.
         results: Gradients.
+        delicate: What factorizations of matrices yielded.
     """
 
     def __init__(
@@ -83,11 +87,13 @@ class Noise:
         sources: Iterable[fx.Node],
         exact: Container[fx.Node] = (),
         results: Iterable[Any] = (),
+        delicate: Iterable[fx.Node] = (),
     ) -> None:
         self._nodes = list(nodes)
         self._dependent = dependent
         self._exact = exact
         self._results = results
+        self._delicate = delicate_nodes((node for node in self._nodes if node not in dependent), delicate)
         self._tainted: set[fx.Node] = set(sources)
         self._kinds: dict[fx.Node, Kind] = {}
         self._units: dict[fx.Node, Unit] = {}
@@ -123,8 +129,10 @@ class Noise:
     def demands(self) -> Demands:
         """What tangent-dependent nodes and results read, all the way up."""
         found = Demands()
+        steep: set[fx.Node] = set()
         for node in self._nodes:
             if node in self._dependent and node.op == "call_function":
+                self._hold_delicate(node, steep, found)
                 positions = LINEAR_BACKWARD.get(node.target, LINEAR.get(node.target, ()))
                 for value, position in _operands(node):
                     if value in self._dependent or not self.is_noisy(value):
@@ -137,6 +145,22 @@ class Noise:
             if isinstance(value, fx.Node) and value not in self._dependent:
                 self.demand(value, found)
         return found
+
+    def _hold_delicate(self, node: fx.Node, steep: set[fx.Node], found: Demands) -> None:
+        """Keeps what meets the gradient of a factorization exact, up to the product that ends it.
+
+        Such a gradient may be as large as the matrix is near a singular one, where the matrix itself has nothing: what
+        is left of their product is small because both are exact.
+        """
+        values = [value for value in node.all_input_nodes if value not in self._dependent and _is_float(value)]
+        delicate = [value for value in values if value in self._delicate]
+        if not delicate and steep.isdisjoint(node.all_input_nodes):
+            return
+        noisy = [value for value in values if self.is_noisy(value)]
+        for value in noisy:
+            found.fixed.setdefault(value, "the gradient of a factorization is multiplied by it")
+        if all(value in self._delicate for value in noisy):
+            steep.add(node)
 
     def demand(self, node: fx.Node, found: Demands) -> None:
         """Adds ``node`` and what it demands to ``found``."""
@@ -194,7 +218,8 @@ class Noise:
         positions = LINEAR.get(node.target, ())
         if any(position not in positions for _, position in floats):
             return Kind.CUT
-        return Kind.CUT if node.target in PRODUCTS and self._is_square(node) else Kind.FREE
+        is_cut = node.target in PRODUCTS and (self._is_square(node) or self._is_scaled(node))
+        return Kind.CUT if is_cut else Kind.FREE
 
     def _is_square(self, node: fx.Node) -> bool:
         """Whether factors of a product are made of the same elements."""
@@ -203,8 +228,21 @@ class Noise:
         ]
         if node.target is aten.addcmul.default:
             factors = [value for value in factors if value is not node.args[0] or value in node.args[1:]]
-        origins = [self._origins[factor] for factor in factors[:2]]
+        origins = [self._origins.get(factor, frozenset({(factor, ())})) for factor in factors[:2]]
         return len(origins) == 2 and not origins[0].isdisjoint(origins[1])
+
+    def _is_scaled(self, node: fx.Node) -> bool:
+        """Whether rows are multiplied by a cut of each, as in normalizations, and groups cannot end where rows do.
+
+        Where they do, noise is no larger than the row that it belongs to.
+        """
+        value = node.meta["val"]
+        for factor in node.all_input_nodes:
+            if factor in self._on_cuts and storage(factor).meta["val"].numel() * 2 <= value.numel():
+                length = _row_length(storage(factor).meta["val"], value)
+                if length is not None and length % SMALLEST_GROUP:
+                    return any(self.is_noisy(other) and other is not factor for other in node.all_input_nodes)
+        return False
 
     def _made_of(self, node: fx.Node) -> frozenset[_Origin]:
         """What the elements of ``node`` are made of, one by one; a cut is made of itself, too."""
@@ -253,6 +291,28 @@ class Noise:
             return ()
         first, *others = [(value, *self._roots(value)) for value in sources]
         return tuple(root for root in first if all(root in chain for chain in others))[:_MOST_ROOTS]
+
+
+def _row_length(factor: torch.Tensor, value: torch.Tensor) -> int | None:
+    """Elements in a row of ``value`` for each of ``factor``; None where these do not lie one after the other."""
+    shape = [1] * (value.dim() - factor.dim()) + list(factor.shape)
+    kept = [size for size, own in zip(value.shape, shape, strict=True) if own == size and size != 1]
+    length = value.numel() // max(1, factor.numel())
+    is_row = factor.numel() == math.prod(kept) and list(value.shape[: len(value.shape)])[-1] != 1 and shape[-1] == 1
+    return int(length) if is_row and isinstance(length, int) else None
+
+
+def delicate_nodes(nodes: Iterable[fx.Node], given: Iterable[fx.Node] = ()) -> set[fx.Node]:
+    """What factorizations among ``nodes`` yield, and what is computed from that or ``given``, element by element."""
+    found = set(given)
+    for node in nodes:
+        if node.op != "call_function":
+            continue
+        is_result = name_of(node).lstrip("_").startswith(FACTORIZATIONS)
+        follows = _is_pointwise(node) or node.target in VIEW_OPS or node.target is operator.getitem
+        if is_result or (follows and not found.isdisjoint(node.all_input_nodes)):
+            found.add(node)
+    return found
 
 
 def _between(root: fx.Node, node: fx.Node) -> list[fx.Node] | None:

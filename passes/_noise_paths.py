@@ -5,16 +5,18 @@ from collections.abc import Iterable
 from torch import fx
 
 from ._fx import GraphPair, graph_outputs, tangent_dependent
-from ._noise import Noise, name_of
+from ._noise import Noise, delicate_nodes, name_of
 
 
 def unsafe_placeholders(pair: GraphPair, noisy: Iterable[fx.Node]) -> dict[fx.Node, str]:
     """Placeholders of the backward that must be exact, with the reason; the others of ``noisy`` may have noise."""
     graph = pair.backward.graph
     dependent, results = tangent_dependent(graph), graph_outputs(graph)
+    delicate_sources = delicate_nodes(pair.forward.graph.nodes)
+    delicate = {slot.placeholder for slot in pair.slots if slot.source in delicate_sources}
     candidates, found = set(noisy), dict[fx.Node, str]()
     while True:
-        noise = Noise(graph.nodes, dependent, candidates, results=results)
+        noise = Noise(graph.nodes, dependent, candidates, results=results, delicate=delicate)
         demands = noise.demands()
         unsafe: dict[fx.Node, str] = {}
         for node, reason in demands.fixed.items():

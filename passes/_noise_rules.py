@@ -174,3 +174,17 @@ LINEAR_BACKWARD: Mapping[Any, tuple[int, ...]] = {
     aten.reflection_pad2d_backward.default: (1,),
     aten.replication_pad2d_backward.default: (1,),
 }
+
+# Names of operators that factorize, invert or solve, to begin with.
+FACTORIZATIONS = (
+    "linalg",
+    "cholesky",
+    "lu_",
+    "triangular_solve",
+    "geqrf",
+    "ormqr",
+    "svd",
+    "symeig",
+    "inverse",
+    "logdet",
+)

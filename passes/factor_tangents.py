@@ -26,12 +26,14 @@ import torch
 from torch import fx
 
 from ._bounded import constant_of
-from ._fx import call, graph_outputs, is_tensor, tangent_dependent
-from ._noise import Noise
+from ._fx import call, hint, is_tensor, tangent_dependent
+from ._noise import SMALLEST_GROUP, Noise
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
 _HALVES = (torch.float16, torch.bfloat16)
+# Nodes between a gradient and its product; longer ones are cut.
+_MOST_STEPS = 64
 # What a new node has from the one whose place it takes.
 _KEPT = ("nn_module_stack", "fwd_nn_module_stack", "stack_trace", "original_aten", "recompute", "ac_graph_id")
 
@@ -41,9 +43,9 @@ _Factor = fx.Node | float | tuple[Any, ...]
 
 @dataclass(frozen=True)
 class _Product:
-    """``base`` times ``factor``; ``steps`` are the nodes between."""
+    """``base``, a node or one that is repeated, times ``factor``; ``steps`` are the nodes between."""
 
-    base: fx.Node
+    base: Any
     factor: _Factor
     steps: tuple[fx.Node, ...] = ()
 
@@ -61,17 +63,17 @@ def factor_tangents(joint: fx.GraphModule, noise: Noise) -> None:
     """Rewrites ``joint`` in place; ``noise`` tells what its nodes are made of."""
     graph = joint.graph
     dependent = tangent_dependent(graph)
-    products: dict[fx.Node, _Product] = {}
-    inner: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node in dependent and node.op == "call_function" and is_tensor(node):
-            found = _product(node, dependent, products)
-            if found is not None:
-                products[node] = found
-                inner |= set(found.steps) - {node}
-    results = set(graph_outputs(graph))
+    stops: set[fx.Node] = set()
+    while True:
+        products = _products(graph, dependent, stops)
+        inner = {step for product in products.values() for step in product.steps[:-1]}
+        # What others read is computed in any case.
+        found = {node for node in inner if any(node not in _steps_of(products, user) for user in node.users)} - stops
+        if not found:
+            break
+        stops |= found
     for node, product in products.items():
-        groups = _groups(product.factor, noise) if node not in inner or node in results else []
+        groups = [] if node in inner else _groups(node, product, noise)
         if any(map(_is_worth_it, groups)):
             _rewrite(node, product, groups)
     graph.eliminate_dead_code()
@@ -79,9 +81,26 @@ def factor_tangents(joint: fx.GraphModule, noise: Noise) -> None:
     joint.recompile()
 
 
-def _product(node: fx.Node, dependent: set[fx.Node], products: Mapping[fx.Node, _Product]) -> _Product | None:
+def _products(graph: fx.Graph, dependent: set[fx.Node], stops: set[fx.Node]) -> dict[fx.Node, _Product]:
+    """What gradients are products of; ``stops`` are taken as they are."""
+    products: dict[fx.Node, _Product] = {}
+    for node in graph.nodes:
+        if node in dependent and node.op == "call_function" and is_tensor(node):
+            found = _product(node, dependent, products, stops)
+            if found is not None and len(found.steps) <= _MOST_STEPS:
+                products[node] = found
+    return products
+
+
+def _steps_of(products: Mapping[fx.Node, _Product], node: fx.Node) -> tuple[fx.Node, ...]:
+    return products[node].steps if node in products else ()
+
+
+def _product(
+    node: fx.Node, dependent: set[fx.Node], products: Mapping[fx.Node, _Product], stops: set[fx.Node]
+) -> _Product | None:
     """What ``node`` is, if that is a gradient of its shape and type times a factor."""
-    rule = _RULES.get(node.target)
+    rule, is_spread = _RULES.get(node.target), node.target in _SPREADS
     if rule is None or node.kwargs or not node.meta["val"].dtype.is_floating_point:
         return None
 
@@ -91,16 +110,26 @@ def _product(node: fx.Node, dependent: set[fx.Node], products: Mapping[fx.Node, 
         if value not in dependent:
             constant = constant_of(value)
             return value if constant is None or value.meta["val"].dim() else float(constant)
-        if not _is_alike(value, node):
-            return None
         one = products.get(value)
-        return one if one is not None and len(value.users) == 1 else _Product(value, 1.0)
+        if not is_spread and not _is_alike(value, node):
+            return _broadcast(one, node) if one is not None and value not in stops and rule is _mul else None
+        return one if one is not None and value not in stops else _Product(value, 1.0)
 
+    if is_spread:
+        return _spread(node, read(node.args[0]))
     operands = [read(value) for value in node.args]
     if any(value is None for value in operands) or not all(map(_fits(node), operands)):
         return None
     found = rule(*operands)
     return None if found is None else _Product(found.base, found.factor, (*found.steps, node))
+
+
+def _broadcast(product: _Product, node: fx.Node) -> _Product | None:
+    """A product of fewer elements, repeated for all that ``node`` multiplies with."""
+    value, result = product.steps[-1].meta["val"], node.meta["val"]
+    if value.dtype != result.dtype or value.dim() != result.dim() or product.factor == 1.0:
+        return None
+    return _spread_by((aten.expand.default, list(result.shape)), product)
 
 
 def _is_alike(value: fx.Node, node: fx.Node) -> bool:
@@ -146,10 +175,22 @@ def _both(kind: str, left: Any, right: Any, *mask: Any) -> _Product | None:
     """Of the same gradient; zero is any gradient times zero."""
     given = [value for value in (left, right) if isinstance(value, _Product)]
     zeros = [value for value in (left, right) if not isinstance(value, _Product)]
-    if not given or any(value.base is not given[0].base for value in given) or any(value != 0 for value in zeros):
+    if not given or any(value.base != given[0].base for value in given) or any(value != 0 for value in zeros):
         return None
     factors = [value.factor if isinstance(value, _Product) else 0.0 for value in (left, right)]
     return _Product(given[0].base, (kind, *mask, *factors), tuple(step for value in given for step in value.steps))
+
+
+def _spread(node: fx.Node, value: Any) -> _Product | None:
+    """A gradient and its factor, each repeated."""
+    if not isinstance(value, _Product) or value.factor == 1.0:
+        return None
+    found = _spread_by((node.target, *node.args[1:]), value)
+    return _Product(found.base, found.factor, (*found.steps, node))
+
+
+def _spread_by(step: tuple[Any, ...], value: _Product) -> _Product:
+    return _Product(("spread", step, value.base), ("spread", step, value.factor), value.steps)
 
 
 def _where(mask: Any, left: Any, right: Any) -> _Product | None:
@@ -164,8 +205,12 @@ def _sub(left: Any, right: Any) -> _Product | None:
     return _both("sub", left, right)
 
 
+# Operators that repeat a gradient for all that a reduction read.
+_SPREADS = frozenset({aten.unsqueeze.default, aten.expand.default})
+
 # Operator -> what it makes of products of a gradient.
 _RULES: Mapping[Any, Any] = {
+    **dict.fromkeys(_SPREADS, _spread),
     aten.mul.Tensor: _mul,
     aten.mul.Scalar: _mul,
     aten.div.Tensor: _div,
@@ -181,6 +226,8 @@ def _parts(factor: _Factor) -> set[fx.Node]:
     """What ``factor`` is made of, masks left out."""
     if isinstance(factor, fx.Node):
         return set() if factor.meta["val"].dtype == torch.bool else {factor}
+    if isinstance(factor, tuple) and factor[0] == "spread":
+        return _parts(factor[2])
     return set().union(*map(_parts, factor[1:])) if isinstance(factor, tuple) else set()
 
 
@@ -199,25 +246,45 @@ def _has_choice(factor: _Factor) -> bool:
     if not isinstance(factor, tuple):
         return False
     kind, *operands = factor
+    if kind == "spread":
+        return _has_choice(operands[1])
     is_one = kind in ("add", "sub", "div") or (kind == "where" and 0.0 not in operands[1:])
     return is_one or any(map(_has_choice, operands))
 
 
-def _groups(factor: _Factor, noise: Noise) -> list[_Group]:
+def _groups(node: fx.Node, product: _Product, noise: Noise) -> list[_Group]:
     """The factors of a product, in groups that are made of different elements; one group is exact."""
     over: list[_Factor] = []
     under: list[_Factor] = []
-    _flatten(factor, over, under)
+    _flatten(product.factor, over, under)
     groups = [_Group(frozenset(), [], [])]
     for piece, is_over in [*((piece, True) for piece in over), *((piece, False) for piece in under)]:
         origins = frozenset().union(*(noise.origins(part) for part in _parts(piece)))
         group = _Group(origins, [piece], []) if is_over else _Group(origins, [], [piece])
         alike = [one for one in groups if (one.origins & origins) or (not origins and not one.origins)]
-        for one in alike:
-            groups.remove(one)
-            group = _Group(one.origins | group.origins, [*one.over, *group.over], [*one.under, *group.under])
-        groups.append(group)
-    return sorted(groups, key=lambda group: bool(group.origins))
+        groups = [one for one in groups if one not in alike] + [_merged([*alike, group])]
+    exact = [group for group in groups if not group.origins]
+    noisy = [group for group in groups if group.origins]
+    if noisy and any(_is_of_short_rows(node, piece) for group in noisy for piece in group.over):
+        noisy = [_merged(noisy)]
+    return [*exact, *noisy]
+
+
+def _merged(groups: Sequence[_Group]) -> _Group:
+    return _Group(
+        frozenset().union(*(group.origins for group in groups)),
+        [piece for group in groups for piece in group.over],
+        [piece for group in groups for piece in group.under],
+    )
+
+
+def _is_of_short_rows(node: fx.Node, piece: _Factor) -> bool:
+    """Whether a factor is one for each row, and groups cannot end where rows do."""
+    if not isinstance(piece, tuple) or piece[0] != "spread":
+        return False
+    numel = max((hint(part.meta["val"].numel()) for part in _parts(piece)), default=0)
+    length = hint(node.meta["val"].numel()) // max(1, numel)
+    return length > 1 and length % SMALLEST_GROUP != 0
 
 
 def _flatten(factor: _Factor, over: list[_Factor], under: list[_Factor]) -> None:
@@ -240,7 +307,7 @@ def _rewrite(node: fx.Node, product: _Product, groups: Sequence[_Group]) -> None
     precision = torch.float32 if dtype in _HALVES and any(group.under for group in groups) else dtype
     with graph.inserting_before(node):
         build = _Builder(node, precision)
-        result = product.base
+        result = build.factor(product.base) if isinstance(product.base, tuple) else product.base
         if precision is not dtype:
             result = build.call(prims.convert_element_type.default, result, precision)
         for group in groups:
@@ -296,6 +363,10 @@ class _Builder:
         if not isinstance(factor, tuple):
             return float(factor)
         kind, *operands = factor
+        if kind == "spread":
+            (target, *args), value = operands
+            inner = self.factor(value)
+            return self.call(target, inner, *args) if isinstance(inner, fx.Node) else inner
         given = [self.factor(operand) for operand in operands]
         if kind == "where":
             given[1:] = [self._tensor(value) for value in given[1:]]

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from actcompile.plan import Role
 
 from ._fx import call, graph_outputs, placeholder_roles, tangent_dependent
-from ._noise import Kind, Noise, Unit
+from ._noise import Noise, Unit
 from .factor_tangents import factor_tangents
 
 aten = torch.ops.aten
@@ -52,7 +52,7 @@ def pin_unstable(joint: fx.GraphModule, num_forward_outputs: int, input_roles: S
     noise = _noise_in(joint, num_forward_outputs, input_roles)
     demands = noise.demands()
     pinned = [node for node in graph.nodes if (node in demands.cuts or node in demands.fixed) and _may_pin(node)]
-    _fold(graph, noise, demands.units)
+    _fold(graph, demands.units)
     for node in pinned:
         if node.target is operator.getitem:
             node.all_input_nodes[0].meta["recompute"] = CheckpointPolicy.MUST_SAVE
@@ -71,9 +71,10 @@ def pin_unstable(joint: fx.GraphModule, num_forward_outputs: int, input_roles: S
 
 def _noise_in(joint: fx.GraphModule, num_forward_outputs: int, input_roles: Sequence[Role]) -> Noise:
     graph, roles = joint.graph, placeholder_roles(joint, input_roles)
+    dependent = tangent_dependent(graph)
     return Noise(
         graph.nodes,
-        tangent_dependent(graph),
+        dependent,
         sources=[node for node, role in roles.items() if role not in _EXACT_ROLES],
         exact={node for node, role in roles.items() if role is not Role.BOUNDARY},
         results=graph_outputs(graph)[num_forward_outputs:],
@@ -111,19 +112,18 @@ def _is_recomputed(node: fx.Node) -> bool:
     return node.meta.get("recompute") in _USER_RECOMPUTES
 
 
-def _fold(graph: fx.Graph, noise: Noise, units: dict[fx.Node, Unit]) -> None:
+def _fold(graph: fx.Graph, units: dict[fx.Node, Unit]) -> None:
     """Case 4."""
-    folded = {}
-    for node, unit in units.items():
-        if not any(map(_is_recomputed, unit.nodes)) and any(noise.kind(n) is not Kind.FREE for n in unit.nodes[:-1]):
-            folded[node] = _graph_of(unit)
+    folded = {node: _graph_of(unit) for node, unit in units.items() if not any(map(_is_recomputed, unit.nodes))}
     roots = {node: units[node].root for node in folded}
     stands_for: dict[fx.Node, fx.Node] = {}
     for node in [node for node in graph.nodes if node in folded]:
         with graph.inserting_before(node):
             # An operator that the partitioner knows as one to be run again.
             one = graph.call_function(aten.sigmoid.default, (stands_for.get(roots[node], roots[node]),))
-        one.meta = {**node.meta, _UNIT: folded[node]}
+        # The root is what to save: where the function is small, it says more. To the partitioner a value counts by its
+        # bytes.
+        one.meta = {**node.meta, _UNIT: folded[node], "val": node.meta["val"].to(torch.complex128)}
         node.replace_all_uses_with(one)
         stands_for[node] = one
 
