@@ -99,7 +99,7 @@ class Noise:
         self._units: dict[fx.Node, Unit] = {}
         self._origins: dict[fx.Node, frozenset[_Origin]] = {}
         self._above: dict[fx.Node, tuple[fx.Node, ...]] = {}
-        # Cuts, and what is free but demands one.
+        # Cuts, and what is free but demands one of as many elements.
         self._on_cuts: set[fx.Node] = set()
         for node in self._nodes:
             if not self._tainted.isdisjoint(node.all_input_nodes):
@@ -122,7 +122,7 @@ class Noise:
     def culprits(self, cut: fx.Node) -> list[fx.Node]:
         """What a cut reads and must not be noisy."""
         noisy = [(value, position) for value, position in _operands(cut) if self.is_noisy(value)]
-        positions = LINEAR.get(cut.target, ()) if _is_float(cut) else ()
+        positions = LINEAR.get(str(cut.target), ()) if _is_float(cut) else ()
         found = [value for value, position in noisy if position not in positions]
         return found or [value for value, _ in noisy]
 
@@ -133,7 +133,7 @@ class Noise:
         for node in self._nodes:
             if node in self._dependent and node.op == "call_function":
                 self._hold_delicate(node, steep, found)
-                positions = LINEAR_BACKWARD.get(node.target, LINEAR.get(node.target, ()))
+                positions = LINEAR_BACKWARD.get(str(node.target), LINEAR.get(str(node.target), ()))
                 for value, position in _operands(node):
                     if value in self._dependent or not self.is_noisy(value):
                         continue
@@ -195,13 +195,13 @@ class Noise:
         unit = None
         if node.op == "call_function":
             kind = self._kind_of(node)
-            # A function of what lies above them may be able to do without the cuts that the node reads.
-            reads_cuts = not self._on_cuts.isdisjoint(node.all_input_nodes)
+            reads_cuts = any(value in self._on_cuts and _has_numel_of(value, node) for value in node.all_input_nodes)
+            # What reads cuts may be a function of what lies above them.
             if kind is Kind.CUT or reads_cuts:
-                unit = self._unit_of(node, may_start_at_cut=kind is Kind.CUT)
+                unit = self._unit_of(node, kind)
             self._kinds[node] = kind if unit is None else Kind.UNIT
-            starts_at_cut = unit is not None and unit.root in self._on_cuts
-            if _is_float(node) and (starts_at_cut or (unit is None and (kind is Kind.CUT or reads_cuts))):
+            follows = reads_cuts and (_is_pointwise(node) or node.target in VIEW_OPS)
+            if _is_float(node) and (unit.root in self._on_cuts if unit is not None else kind is Kind.CUT or follows):
                 self._on_cuts.add(node)
         if unit is not None:
             self._units[node] = unit
@@ -215,10 +215,10 @@ class Noise:
             return Kind.CUT if floats else Kind.FREE
         if node.target is operator.getitem:
             return self.kind(node.all_input_nodes[0])
-        positions = LINEAR.get(node.target, ())
+        positions = LINEAR.get(str(node.target), ())
         if any(position not in positions for _, position in floats):
             return Kind.CUT
-        is_cut = node.target in PRODUCTS and (self._is_square(node) or self._is_scaled(node))
+        is_cut = str(node.target) in PRODUCTS and (self._is_square(node) or self._is_scaled(node))
         return Kind.CUT if is_cut else Kind.FREE
 
     def _is_square(self, node: fx.Node) -> bool:
@@ -262,18 +262,19 @@ class Noise:
             for root, views in self._origins.get(value, ())
         )
 
-    def _unit_of(self, node: fx.Node, may_start_at_cut: bool) -> Unit | None:
-        """The bounded function that ``node`` is, of the nearest node for which that can be shown."""
+    def _unit_of(self, node: fx.Node, kind: Kind) -> Unit | None:
+        """The bounded function that ``node`` is, of the nearest node for which that can be shown.
+
+        Of a node that is free, one that does without a cut.
+        """
         if not is_tensor(node) or not _is_float(node):
             return None
-        roots = [root for root in self._roots(node) if _is_float(root)]
         # What would have to be given comes last.
-        roots.sort(key=lambda root: root in self._on_cuts)
-        if not may_start_at_cut:
-            roots = [root for root in roots if root not in self._on_cuts]
-        for root in roots:
+        for root in sorted(filter(_is_float, self._roots(node)), key=lambda root: root in self._on_cuts):
             nodes = _between(root, node)
-            if nodes is not None and is_bounded(nodes, root):
+            if nodes is None or (kind is Kind.FREE and all(self.kind(n) is not Kind.CUT for n in nodes[:-1])):
+                continue
+            if is_bounded(nodes, root):
                 return Unit(root, nodes)
         return None
 
@@ -354,6 +355,10 @@ def _is_pointwise(node: fx.Node) -> bool:
 
 def _has_shape_of(value: fx.Node, node: fx.Node) -> bool:
     return is_tensor(value) and is_tensor(node) and value.meta["val"].shape == node.meta["val"].shape
+
+
+def _has_numel_of(value: fx.Node, node: fx.Node) -> bool:
+    return is_tensor(value) and is_tensor(node) and value.meta["val"].numel() == node.meta["val"].numel()
 
 
 def _is_float(node: fx.Node) -> bool:
