@@ -297,10 +297,10 @@ class Noise:
 def _row_length(factor: torch.Tensor, value: torch.Tensor) -> int | None:
     """Elements in a row of ``value`` for each of ``factor``; None where these do not lie one after the other."""
     shape = [1] * (value.dim() - factor.dim()) + list(factor.shape)
-    kept = [size for size, own in zip(value.shape, shape, strict=True) if own == size and size != 1]
-    length = value.numel() // max(1, factor.numel())
-    is_row = factor.numel() == math.prod(kept) and list(value.shape[: len(value.shape)])[-1] != 1 and shape[-1] == 1
-    return int(length) if is_row and isinstance(length, int) else None
+    num_outer = next((dim for dim, size in enumerate(shape) if size == 1 != value.shape[dim]), len(shape))
+    is_row = num_outer < len(shape) and all(size == 1 for size in shape[num_outer:])
+    length = math.prod(value.shape[num_outer:])
+    return length if is_row and isinstance(length, int) else None
 
 
 def delicate_nodes(nodes: Iterable[fx.Node], given: Iterable[fx.Node] = ()) -> set[fx.Node]:

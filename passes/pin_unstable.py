@@ -35,7 +35,7 @@ from .factor_tangents import factor_tangents
 
 aten = torch.ops.aten
 
-# Nodes that stand for a bounded function carry its graph under this name.
+# Nodes that stand for a bounded function carry its graph and its value under this name.
 _UNIT = "actcompile_unit"
 _USER_RECOMPUTES = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
 # Whose values, and what is made of them alone, are never noisy.
@@ -85,7 +85,9 @@ def unfold(graph: fx.Graph) -> None:
     """Puts the operators of bounded functions in the place of the nodes that stand for them."""
     made: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
-        unit = node.meta.get(_UNIT)
+        unit, value = node.meta.pop(_UNIT, (None, None))
+        if node.op != "call_function" and value is not None:
+            node.meta["val"] = value
         if unit is None or node.op != "call_function":
             continue
         values: dict[fx.Node, fx.Node] = {}
@@ -123,7 +125,7 @@ def _fold(graph: fx.Graph, units: dict[fx.Node, Unit]) -> None:
             one = graph.call_function(aten.sigmoid.default, (stands_for.get(roots[node], roots[node]),))
         # The root is what to save: where the function is small, it says more. To the partitioner a value counts by its
         # bytes.
-        one.meta = {**node.meta, _UNIT: folded[node], "val": node.meta["val"].to(torch.complex128)}
+        one.meta = {**node.meta, _UNIT: (folded[node], node.meta["val"]), "val": node.meta["val"].to(torch.complex128)}
         node.replace_all_uses_with(one)
         stands_for[node] = one
 
