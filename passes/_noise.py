@@ -272,7 +272,8 @@ class Noise:
         # What would have to be given comes last.
         for root in sorted(filter(_is_float, self._roots(node)), key=lambda root: root in self._on_cuts):
             nodes = _between(root, node)
-            if nodes is None or (kind is Kind.FREE and all(self.kind(n) is not Kind.CUT for n in nodes[:-1])):
+            cuts = [inner for inner in nodes or () if self.kind(inner) is Kind.CUT and _is_float(inner)]
+            if nodes is None or (kind is Kind.FREE and not cuts):
                 continue
             if is_bounded(nodes, root):
                 return Unit(root, nodes)
