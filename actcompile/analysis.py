@@ -17,7 +17,7 @@ from .passes._fx import (
     graph_outputs,
     hint,
     is_tensor,
-    largest,
+    upper_bound,
 )
 from .passes._naming import module_path, operator_name, source_line
 from .passes._views import VALUE_PRESERVING_OPS, storage, value_chain
@@ -269,7 +269,7 @@ def _index_range(node: fx.Node) -> int | None:
     num_dims = _INDEX_RESULTS.get((operator_name(producer), position))
     if num_dims is None:
         return None
-    sizes = [largest(size) for size in producer.all_input_nodes[0].meta["val"].shape[-num_dims:]]
+    sizes = [upper_bound(size) for size in producer.all_input_nodes[0].meta["val"].shape[-num_dims:]]
     return None if None in sizes else math.prod(size for size in sizes if size is not None)
 
 

@@ -278,7 +278,7 @@ def hint(value: Any) -> int:
     return int(value)
 
 
-def largest(size: Any) -> int | None:
+def upper_bound(size: Any) -> int | None:
     """The largest value that a size can have in any call, as far as guards say so."""
     if not isinstance(size, torch.SymInt):
         return int(size)
