@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, note, settings
 from torch import Tensor
 
 from .programs import Program, programs
-from .running import Refused, differences, train, train_act
+from .running import Refused, differences, train_act
 
 # What 8 bits may add to a gradient, relative to it: a tensor's own error is at most 1/255 of its range per group.
 _MOST_NOISE = 0.1
