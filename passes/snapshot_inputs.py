@@ -13,8 +13,8 @@ An input is copied where it crosses for the backward to read, and
                             before the backward (a codebook's moving average, the next batch in the same memory), and
                             eager gradients are right
 
-Never touches: parameters that the step does not write, the seed, what autograd's own formulas read, since it checks
-that nobody wrote these, and inputs that the backward writes.
+Never touches: parameters that the step does not write, the seed, and what autograd's own formulas read, since it checks
+that nobody wrote these. An input that the backward writes crosses itself, too.
 """
 
 from collections.abc import Iterator, Sequence
@@ -69,30 +69,29 @@ def is_snapshot(node: fx.Node) -> bool:
 
 def _snapshot(pair: GraphPair, slot: Slot) -> None:
     source, placeholder = slot.source, slot.placeholder
-    writers = [user for user in placeholder.users if placeholder in written_by(user)]
-    readers = [user for user in placeholder.users if user not in writers]
+    is_written = any(placeholder in written_by(user) for user in placeholder.users)
+    # A backward that writes the input works on it as it is then; only what is computed again reads the copy.
+    readers = [user for user in placeholder.users if not is_written or user.meta.get("partitioner_tag") == "is_forward"]
     if not readers:
         return
     with pair.forward.graph.inserting_after(body_anchor(source)):
         copy = call(pair.forward.graph, aten.clone.default, source)
     copy.meta[_MAY_CHANGE] = True
     crossing = slot
-    if writers:
-        # The backward writes the input itself, which crosses beside the copy.
+    if is_written:
         crossing = Slot(f"{slot.key}/seen", [source], [placeholder])
         pair.slots.append(crossing)
     (received,) = pair.replace(crossing, [copy])
     for reader in readers:
         reader.replace_input_with(placeholder, received)
-    if not writers:
+    if not is_written:
         pair.backward.graph.erase_node(placeholder)
 
 
 def _written_in(graph: fx.Graph) -> Iterator[fx.Node]:
-    """What operators of the forward write into."""
+    """What operators of the forward or the backward write into."""
     for node in graph.nodes:
-        if "backward" not in str(node.meta.get("partitioner_tag", "")):
-            yield from map(storage, written_by(node))
+        yield from map(storage, written_by(node))
 
 
 def written_by(node: fx.Node) -> list[fx.Node]:

@@ -1,6 +1,7 @@
 """snapshot_inputs: what is computed again in the backward reads what the forward read."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from torch.nn import functional as F
 
 import actcompile
 from actcompile.analysis import analyze
+from actcompile.passes.snapshot_inputs import mark_changing_inputs, may_change
+from actcompile.plan import Role
 
-from .pairs import text, trace
+from .pairs import text, trace, trace_joint
 
 Compile = Callable[[Callable[..., object]], Callable[..., Tensor]]
 
@@ -70,6 +73,16 @@ def test_a_copy_of_what_the_step_writes_crosses() -> None:
     )
     (row,) = (row for row in analyze(traced.pair) if row.op == "clone")
     assert row.obstacle == "it is a copy of an input that may change before the backward"
+
+
+def test_inputs_that_torch_marks_as_written() -> None:
+    """From 2.15 on, placeholders say so themselves."""
+    joint, _ = trace_joint(lambda w, x: torch.sin(x * w), torch.randn(8, requires_grad=True), torch.randn(4, 8))
+    weight, x, *_ = joint.graph.find_nodes(op="placeholder")
+    for mark, expected in ((False, [False, False]), (True, [True, False])):
+        weight.meta["aot_runtime_epilogue_input_mutation"] = mark
+        mark_changing_inputs(joint, [Role.PARAMETER, Role.INPUT, Role.SEED])
+        assert [may_change(weight), may_change(x)] == expected
 
 
 def test_what_autograd_reads_itself_and_parameters_cross_as_they_are() -> None:
@@ -184,6 +197,41 @@ def test_two_forwards_before_their_backwards() -> None:
         return model.fc.weight.grad
 
     torch.testing.assert_close(gradient(by_act("cheap")), gradient(eagerly))
+
+
+class Counted(torch.autograd.Function):
+    """Doubles, and counts backwards in a buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, buffer: Tensor) -> Tensor:
+        ctx.buffer = buffer
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        with torch.no_grad():
+            ctx.buffer.add_(1)
+        return grad * 2, None
+
+
+def test_a_buffer_that_the_backward_writes() -> None:
+    """The second backward reads what its forward read, and counts on from what the first one wrote."""
+
+    def results(compile: Compile) -> list[Tensor]:
+        torch.manual_seed(0)
+        model, x = nn.Linear(16, 8), torch.randn(64, 1)
+        buffer = torch.randn(16)
+
+        def step(x: Tensor, buffer: Tensor) -> Tensor:
+            return Counted.apply(model(torch.sin(x * buffer)), buffer).square()
+
+        call = compile(step)
+        losses = [call(x, buffer).sum() for _ in range(2)]
+        for loss in losses:
+            loss.backward()
+        return [model.weight.grad, buffer]  # type: ignore[list-item]
+
+    torch.testing.assert_close(results(by_act("cheap")), results(eagerly))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
