@@ -17,11 +17,13 @@ from .passes._fx import (
     graph_outputs,
     hint,
     is_tensor,
+    upper_bound,
 )
 from .passes._naming import module_path, operator_name, source_line
 from .passes._noise_paths import unsafe_placeholders
 from .passes._views import VALUE_PRESERVING_OPS, storage, value_chain
 from .passes._weight_grads import WeightGrad, WeightGrads
+from .passes.snapshot_inputs import is_snapshot, written_by
 from .plan import Recomputation, Role, SavedTensor
 
 aten = torch.ops.aten
@@ -102,7 +104,8 @@ def _without_harm(pair: GraphPair, rows: Sequence[SavedTensor]) -> list[SavedTen
 def _num_rows(placeholder: fx.Node, readers: Sequence[WeightGrad]) -> int:
     """Rows of the one matrix that all readers multiply by; 0 when there is none."""
     features = {reader.in_features for reader in readers if reader.reads_rows_of(placeholder)}
-    if len(features) != 1 or not all(reader.reads_rows_of(placeholder) for reader in readers):
+    # A layer may read features of width 0: an optional branch that is switched off.
+    if len(features) != 1 or 0 in features or not all(reader.reads_rows_of(placeholder) for reader in readers):
         return 0
     return hint(placeholder.meta["val"].numel()) // features.pop()
 
@@ -129,7 +132,7 @@ def _describe(pair: GraphPair, slot: Slot, returned: set[fx.Node]) -> SavedTenso
         obstacle=_obstacle(pair, slot, role, root in returned),
         movable=role in (Role.ACTIVATION, Role.BOUNDARY)
         and root not in returned
-        and not _is_mutated(source)
+        and not _is_written_back(slot)
         and not free_unbacked_symbols(value)
         and not is_unaligned_bias(slot.placeholder),
     )
@@ -148,8 +151,8 @@ def _obstacle(pair: GraphPair, slot: Slot, role: Role, is_returned: bool) -> str
         return f"the {role} is there anyway"
     if is_returned:
         return "the caller holds it: it is an output of the graph"
-    if role is Role.BOUNDARY and _is_mutated(source):
-        return "it is mutated in place"
+    if _is_written_back(slot):
+        return "the backward writes it"
     if free_unbacked_symbols(value):
         return "its size is known only when it runs"
     if value.dtype in (torch.bool, *INTEGERS):
@@ -158,6 +161,8 @@ def _obstacle(pair: GraphPair, slot: Slot, role: Role, is_returned: bool) -> str
         return "it is narrow already"
     if value.dtype not in FLOATS:
         return f"no codec takes {str(value.dtype).removeprefix('torch.')}"
+    if _is_copy_of_input(pair, source):
+        return "it is a copy of an input that may change before the backward"
     if role is Role.ACTIVATION and _only_parameters(pair, source):
         return "it is computed from parameters alone"
     if is_statistic(source):
@@ -169,8 +174,14 @@ def _obstacle(pair: GraphPair, slot: Slot, role: Role, is_returned: bool) -> str
     return ""
 
 
-def _is_mutated(source: fx.Node) -> bool:
-    return any(user.target is aten.copy_.default for user in source.users)
+def _is_written_back(slot: Slot) -> bool:
+    """Whether the backward writes into the tensor itself."""
+    return any(slot.placeholder in written_by(user) for user in slot.placeholder.users)
+
+
+def _is_copy_of_input(pair: GraphPair, source: fx.Node) -> bool:
+    """Whether ``source`` was copied from what the model reads and no codes would be stored of."""
+    return is_snapshot(source) and pair.roles.get(storage(source.all_input_nodes[0])) is not Role.BOUNDARY
 
 
 def is_statistic(node: fx.Node) -> bool:
@@ -236,8 +247,8 @@ def _index_range(node: fx.Node) -> int | None:
     num_dims = _INDEX_RESULTS.get((operator_name(producer), position))
     if num_dims is None:
         return None
-    shape = producer.all_input_nodes[0].meta["val"].shape
-    return math.prod(hint(size) for size in shape[-num_dims:])
+    sizes = [upper_bound(size) for size in producer.all_input_nodes[0].meta["val"].shape[-num_dims:]]
+    return None if None in sizes else math.prod(size for size in sizes if size is not None)
 
 
 # (operator, result) -> how many trailing dimensions of its input the indices run over; 0 means all.

@@ -107,7 +107,7 @@ class GraphPair:
             trailing_outputs=trailing,
             symbol_placeholders=placeholders[:num_symbols],
             seed=_find_seed(forward) if Role.SEED in input_roles else None,
-            roles=placeholder_roles(forward, input_roles),
+            roles=roles_of_inputs(forward.graph, input_roles),
             input_roles=input_roles,
             descriptors=descriptors,
         )
@@ -155,10 +155,10 @@ class GraphPair:
         return created
 
 
-def placeholder_roles(forward: fx.GraphModule, input_roles: Sequence[Role]) -> dict[fx.Node, Role]:
-    """Roles of the forward's placeholders; what cannot be told apart counts as the caller's."""
+def roles_of_inputs(graph: fx.Graph, input_roles: Sequence[Role]) -> dict[fx.Node, Role]:
+    """Roles of the placeholders of a forward or joint graph; what cannot be told apart counts as the caller's."""
     roles = {}
-    for node in forward.graph.find_nodes(op="placeholder"):
+    for node in graph.find_nodes(op="placeholder"):
         index: int = getattr(node.meta.get("desc"), "idx", len(input_roles))
         roles[node] = input_roles[index] if index < len(input_roles) else Role.INPUT
     return roles
@@ -276,6 +276,15 @@ def hint(value: Any) -> int:
         known = value.node.hint
         return 0 if known is None else int(known)
     return int(value)
+
+
+def upper_bound(size: Any) -> int | None:
+    """The largest value that a size can have in any call, as far as guards say so."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    # Only bounds that the user set are finite, and Dynamo guards these; the hint is that of one call.
+    upper = size.node.shape_env.bound_sympy(size.node.expr).upper
+    return int(upper) if upper.is_Integer else None
 
 
 def hint_nbytes(node: fx.Node) -> int:

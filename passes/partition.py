@@ -12,7 +12,8 @@ What is saved is then normalised:
     3. saved(expand(x))                 ->  saved(x), expanded again: grouped keys and values before they are repeated
     4. saved(permute(parameter))        ->  saved(parameter)
 
-The tensor that is saved in place of others never has more elements than they have.
+The tensor that is saved in place of others never has more elements than they have. Of graph inputs that may hold
+something else by the time of the backward, copies are saved (snapshot_inputs.py).
 """
 
 import functools
@@ -35,6 +36,7 @@ from .drop_zero_rows import drop_zero_rows
 from .pin_unstable import pin_unstable, unfold
 from .recompute import offer_inputs
 from .rerun_attention import rerun_attention
+from .snapshot_inputs import mark_changing_inputs, snapshot_inputs
 
 # Bans on recomputing that "cheap" lifts; the ban on what is used far apart stays, it keeps the residual stream.
 _CHEAP = {"ban_recompute_long_fusible_chains": False, "ban_recompute_materialized_backward": False}
@@ -62,6 +64,7 @@ def partition(
         num_fwd_outputs: Outputs of the joint graph that belong to the forward.
         **kwargs: What else AOTAutograd hands to a partitioner.
     """
+    mark_changing_inputs(joint, input_roles)
     drop_zero_rows(joint)
     cheap = recompute != "none"
     if cheap:
@@ -82,6 +85,7 @@ def partition(
     _share_saved_values(pair)
     if lossy:
         rerun_attention(pair)
+    snapshot_inputs(pair)
     if recompute == "full":
         offer_inputs(pair)
     return pair

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from actcompile.plan import Role
 
-from ._fx import call, graph_outputs, placeholder_roles, tangent_dependent
+from ._fx import call, graph_outputs, roles_of_inputs, tangent_dependent
 from ._noise import Noise, Unit
 from .factor_tangents import factor_tangents
 
@@ -70,7 +70,7 @@ def pin_unstable(joint: fx.GraphModule, num_forward_outputs: int, input_roles: S
 
 
 def _noise_in(joint: fx.GraphModule, num_forward_outputs: int, input_roles: Sequence[Role]) -> Noise:
-    graph, roles = joint.graph, placeholder_roles(joint, input_roles)
+    graph, roles = joint.graph, roles_of_inputs(joint.graph, input_roles)
     dependent = tangent_dependent(graph)
     return Noise(
         graph.nodes,

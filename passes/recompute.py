@@ -25,6 +25,7 @@ from ._cones import cone, cone_inputs
 from ._fx import GraphPair, Slot, first_user, retire, size_args
 from ._views import storage
 from .place_codecs import NEARBY
+from .snapshot_inputs import may_change
 
 
 def recompute_saved(pair: GraphPair, plan: Plan) -> None:
@@ -86,11 +87,11 @@ def offer_inputs(pair: GraphPair) -> None:
     """Lets graph inputs cross that some saved tensor could be computed from; ``recompute_saved`` takes back the rest.
 
     They are parameters, and inputs of the caller's of which a view crosses already: no others need stay as they are
-    until the backward.
+    until the backward, and of these not what the step writes.
     """
     inputs = pair.forward.graph.find_nodes(op="placeholder")
     held = {storage(slot.source) for slot in pair.slots}
-    offered = {node for node in inputs if pair.roles[node] is Role.PARAMETER or node in held}
+    offered = {node for node in inputs if not may_change(node) and (pair.roles[node] is Role.PARAMETER or node in held)}
     crossing = {slot.source for slot in pair.slots}
     given = crossing | offered
     wanted: set[fx.Node] = set()

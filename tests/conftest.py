@@ -11,6 +11,15 @@ import actcompile
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """2,000 random programs run where they are asked for by name: ``pytest -m properties``."""
+    if "properties" not in config.option.markexpr:
+        skip = pytest.mark.skip(reason="takes long: run it by pytest -m properties")
+        for item in items:
+            if item.get_closest_marker("properties"):
+                item.add_marker(skip)
+
+
 @pytest.fixture(autouse=True)
 def fresh_state() -> Iterator[None]:
     """Nothing compiled, nothing recorded, fixed seeds."""
