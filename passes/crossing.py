@@ -11,7 +11,7 @@ from torch import fx
 from actcompile.plan import Role
 
 from ._fx import GraphPair, graph_outputs, hint_nbytes, input_index, is_tensor
-from ._views import storage, value_chain
+from ._views import storage
 
 Crossing = tuple[str, int]
 
@@ -40,9 +40,9 @@ def saved_nbytes(forward: fx.Graph, num_outputs: int, input_roles: Sequence[Role
     places = _places(roles.items(), outputs[:num_outputs], forward.output_node().meta.get("desc", ()))
     parts: dict[fx.Node, int] = {}
     for node in dict.fromkeys(node for node in outputs[num_outputs:] if isinstance(node, fx.Node) and is_tensor(node)):
-        held = {storage(node), value_chain(node)[-1]} & roles.keys()
-        if all(roles[root] is Role.BOUNDARY for root in held):
-            parts[storage(node)] = parts.get(storage(node), 0) + hint_nbytes(node)
+        root = storage(node)
+        if roles.get(root, Role.BOUNDARY) is Role.BOUNDARY:
+            parts[root] = parts.get(root, 0) + hint_nbytes(node)
     found: dict[Crossing | None, int] = {None: 0}
     for root, nbytes in parts.items():
         # Views of one tensor keep it once.

@@ -70,7 +70,9 @@ class HeldValues:
             node: A node of the forward.
             is_layer_input: Whether the backward reads it in gradients of weights alone.
         """
-        return node not in self._weights and (is_layer_input or (node in self._multiplied and node in self._trained))
+        # What is saved may be a view of its own of what the product reads.
+        is_weight = not self._weights.isdisjoint(value_chain(node))
+        return not is_weight and (is_layer_input or (node in self._multiplied and node in self._trained))
 
 
 def needs_gradient(placeholder: fx.Node, gradients: list[object]) -> bool:
