@@ -65,6 +65,7 @@ class GraphPair:
     roles: dict[fx.Node, Role]
     input_roles: Sequence[Role]
     descriptors: dict[Any, Any] = field(default_factory=dict)
+    user_descriptors: Sequence[Any] = ()
     is_part: bool = False
 
     @classmethod
@@ -114,6 +115,8 @@ class GraphPair:
             roles=_placeholder_roles(forward, input_roles),
             input_roles=input_roles,
             descriptors=descriptors,
+            # What is saved, too, is known by its last place.
+            user_descriptors=output.meta.get("desc", ())[:num_user_outputs],
             is_part=is_part,
         )
         pair.sync()

@@ -18,8 +18,7 @@ Crossing = tuple[str, int]
 
 def crossings(pair: GraphPair) -> dict[str, Crossing]:
     """Keys of the slots whose tensors cross to or from other graphs -> where."""
-    descriptors = pair.forward.graph.output_node().meta.get("desc", ())
-    places = _places(pair.roles.items(), pair.user_outputs, descriptors)
+    places = _places(pair.roles.items(), pair.user_outputs, pair.user_descriptors)
     roots = {slot.key: storage(slot.source) for slot in pair.slots}
     return {key: places[root] for key, root in roots.items() if root in places}
 
