@@ -187,7 +187,7 @@ def memory_of(value: torch.Tensor) -> object:
 
 
 def hands_on(graph: fx.GraphModule) -> bool:
-    """Whether what Dynamo's graph returns is read by other graphs of the same call: after a break, or a cut of DDP's."""
+    """Whether what Dynamo's graph returns goes to other graphs of the same call: at a break, or a cut of DDP's."""
     reason = getattr(graph, "compile_subgraph_reason", None)
     return reason is not None and bool(reason.graph_break)
 

@@ -48,11 +48,11 @@ from .errors import CompileError, ConfigError
 from .following import check_model, follow
 from .passes import run_passes
 from .passes._naming import call_sites
-from .passes._operands import is_weight_operand
 from .passes.crossing import crossings
 from .passes.fuse_weight_grad import fuse_weight_grad
 from .passes.lower import lower_codecs, start_compiling_bodies
 from .passes.partition import baseline, partition
+from .passes.weight_operands import is_weight_operand
 from .plan import Plan, Role
 from .planner import make_plan
 from .rng import next_seed
@@ -258,7 +258,7 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
         return _identity, (self.uuid(),)
 
     def uuid(self) -> object:
-        """What the compiled code depends on besides the graph: this package's sources, the settings, and whose the inputs
+        """What the compiled code depends on besides the graph: this package's sources, the settings, and whose inputs
         and outputs are."""
         return get_hash_for_files(_sources(), repr((self.config, self.plan, self.roles, self.is_part)))
 

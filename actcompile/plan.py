@@ -54,13 +54,18 @@ LOSSY = frozenset({Action.QUANTIZE, Action.SPARSIFY, Action.SAMPLE})
 
 
 class Role(str, Enum):
-    """Who holds a saved tensor besides the backward."""
+    """Who holds a saved tensor besides the backward.
+
+    What is held is neither rounded nor counted. What is computed from it is an activation, also where that is computed
+    from parameters and buffers alone, unless it is a copy of them, a part of a weight, or a constant: ``passes/held.py``
+    says which, and keeps what is in doubt exact.
+    """
 
     ACTIVATION = "activation"  # nobody: its bytes are what training needs
-    PARAMETER = "parameter"
-    BUFFER = "buffer"
-    INPUT = "input"  # the caller
-    BOUNDARY = "boundary"  # an activation that another graph of the same model computed
+    PARAMETER = "parameter"  # of a module, or what layers read as their weight
+    BUFFER = "buffer"  # of a module
+    INPUT = "input"  # the caller, or autograd until a leaf has its gradient
+    BOUNDARY = "boundary"  # nobody once the call returns: an earlier graph computed it, or what ran in between
     SEED = "seed"  # of the rounding noise
     PADDING = "padding"  # the caller's, and says which tokens are no padding
 
@@ -124,7 +129,7 @@ class Decision:
 
     ``bits`` are those of a code or, with ``keep`` of each ``block``, of a value that is left; ``rows`` is the share of
     rows that are stored, with a mark for each row where ``padded``. ``by_size`` says that it
-    is kept because of its size alone: another batch size decides again. ``nbytes`` is what was stored where that
+    is kept because of its size alone, or because somebody else holds it: another batch size, or graph, decides again. ``nbytes`` is what was stored where that
     depends on the values.
     """
 

@@ -119,9 +119,7 @@ class GraphRecord:
         inputs = {("in", i): args[i] for i, role in enumerate(self.roles) if role is Role.BOUNDARY}
         outputs = {("out", i): value for i, value in enumerate(results)}
         self.crossing_memory = {
-            place: memory_of(value)
-            for place, value in (inputs | outputs).items()
-            if isinstance(value, torch.Tensor)
+            place: memory_of(value) for place, value in (inputs | outputs).items() if isinstance(value, torch.Tensor)
         }
 
     def parameters(self) -> list[torch.Tensor]:

@@ -51,8 +51,8 @@ class Slot:
 class GraphPair:
     """Forward and backward after the partition; saved tensors are matched by position, once, here.
 
-    ``input_roles`` are those of the graph's inputs, whose gradients the backward returns in this order. ``is_part`` says
-    that its outputs go to other graphs of the same call, and nobody else needs to keep them.
+    ``input_roles`` are those of the graph's inputs, whose gradients the backward returns in this order. ``is_part``
+    says that its outputs go to other graphs of the same call, and nobody else needs to keep them.
     """
 
     forward: fx.GraphModule

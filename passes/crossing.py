@@ -1,7 +1,7 @@
 """What passes between the graphs of one call, where a graph break or DDP cuts it, and who saves it there.
 
-A tensor that one graph returns and the next one reads is one tensor for autograd: what both save as it is, lies in memory
-once. It is named by its place among the inputs or outputs of Dynamo's graph, ("in", 3) or ("out", 0).
+A tensor that one graph returns and the next one reads is one tensor for autograd: what both save as it is, lies in
+memory once. It is named by its place among the inputs or outputs of Dynamo's graph, ("in", 3) or ("out", 0).
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,14 +1,14 @@
 """What is computed from parameters and buffers alone: copies of them, parts of weights, or activations.
 
-    copy         w.to(bfloat16), permute(w), g * v / norm(v), sin(x):  no matrix product lies above it. Where a parameter,
-                 or a leaf that autograd holds, is above it, the backward makes it again from that (``remake_copies``)
+    copy         w.to(bfloat16), permute(w), g * v / norm(v), sin(x):  no matrix product lies above it. From parameters
+                 alone the backward makes it again (``remake_copies``)
     weight       w + b @ a, the weight of a network that a network makes:  it ends as the weight of a product with data,
                  so it is exact
     constant     cos(positions * frequencies):  nothing that is trained is above it, so it is exact; but not what layers
                  read as their input, as features in a buffer
     activation   relu(x @ w) where x is a parameter or a buffer: images, node features, latents.  All others
 
-A weight is an operand of a matrix product whose other one depends on data, one matrix for all samples: either operand of
+A weight is an operand of a matrix product whose other one depends on data, one matrix for all samples: either one of
 two matrices, the right one of batched matrices, the left one where it is expanded, and the second one of a convolution.
 """
 
@@ -17,7 +17,7 @@ from torch import fx
 
 from actcompile.plan import Role
 
-from ._fx import GraphPair, graph_outputs, input_index, is_tensor
+from ._fx import GraphPair, graph_outputs, input_index
 from ._views import value_chain
 
 aten = torch.ops.aten
@@ -89,7 +89,9 @@ def is_value(node: fx.Node) -> bool:
 def is_product(node: fx.Node) -> bool:
     """Whether ``node`` multiplies matrices, or convolves."""
     is_attention = getattr(node.target, "__name__", "").startswith(_ATTENTION)
-    return is_attention or node.target in _MATRICES or node.target in _BATCHES or node.target is aten.convolution.default
+    return (
+        is_attention or node.target in _MATRICES or node.target in _BATCHES or node.target is aten.convolution.default
+    )
 
 
 def _is_weight_of(product: fx.Node, node: fx.Node) -> bool:

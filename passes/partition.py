@@ -28,8 +28,8 @@ from torch._guards import TracingContext, tracing
 
 from actcompile.plan import Role
 
-from ._fx import GraphPair, Slot, fake_mode, first_user, graph_outputs, hint, retire
-from ._views import storage, value_chain
+from ._fx import GraphPair, Slot, fake_mode, first_user, hint, retire
+from ._views import value_chain
 from .crossing import Crossing, saved_nbytes
 from .drop_zero_rows import drop_zero_rows
 from .pin_unstable import pin_unstable
@@ -73,9 +73,7 @@ def partition(
     if cheap:
         _embeddings_as_indexing(joint.graph)
     num_outputs = pin_unstable(joint, num_fwd_outputs) if lossy else num_fwd_outputs
-    lasting = [
-        i for i in static_lifetime_input_indices if i < len(input_roles) and input_roles[i] is Role.PARAMETER
-    ]
+    lasting = [i for i in static_lifetime_input_indices if i < len(input_roles) and input_roles[i] is Role.PARAMETER]
     with functorch_config.patch(_CHEAP if cheap else {}):
         forward, backward = min_cut_rematerialization_partition(
             joint, joint_inputs, num_fwd_outputs=num_outputs, static_lifetime_input_indices=lasting, **kwargs
@@ -102,7 +100,7 @@ def _embeddings_as_indexing(graph: fx.Graph) -> None:
 def baseline(
     joint: fx.GraphModule, joint_inputs: Sequence[object], input_roles: Sequence[Role], **kwargs: Any
 ) -> Callable[[], dict[Crossing | None, int]]:
-    """Bytes that torch.compile would save for ``joint``, parameters and the caller's inputs left out, once somebody asks.
+    """Bytes that torch.compile would save for ``joint``, what others hold left out, once somebody asks.
 
     What crosses to or from other graphs is given by its place, all else under None.
     """

@@ -14,7 +14,7 @@ from actcompile import records
 from actcompile._gpt import GPT
 
 from ..stored import plain, stored_nbytes
-from .test_roles import EAGER, Case, check, distance, layers, of_module
+from .test_roles import EAGER, check, distance, layers, of_module
 
 
 @torch._dynamo.disable

@@ -21,8 +21,10 @@ _LAYERS: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
 }
 # What may lie between a weight and the operator: it is the weight still, in other dimensions or another type.
 _SAME = frozenset(
-    ("t", "transpose", "permute", "view", "reshape", "contiguous", "squeeze", "unsqueeze", "flatten", "T", "mT")
-    + ("to", "type", "type_as", "float", "half", "bfloat16", "getitem", "getattr", "split", "chunk", "narrow")
+    {
+        *("t", "transpose", "permute", "view", "reshape", "contiguous", "squeeze", "unsqueeze", "flatten", "T", "mT"),
+        *("to", "type", "type_as", "float", "half", "bfloat16", "getitem", "getattr", "split", "chunk", "narrow"),
+    }
 )
 _MATRIX = 2
 
