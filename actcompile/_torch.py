@@ -183,7 +183,9 @@ def _tensors_in(arguments: object) -> Iterator[torch.Tensor]:
 
 def memory_of(value: torch.Tensor) -> object:
     """What stands for the memory of a tensor: equal for tensors in the same one, and keeps none of it."""
-    return StorageWeakRef(value.untyped_storage()) if value.layout == torch.strided else id(value)
+    if value.layout != torch.strided:
+        return id(value)
+    return StorageWeakRef(value.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 def hands_on(graph: fx.GraphModule) -> bool:

@@ -102,9 +102,7 @@ def decide(row: SavedTensor, config: Config, bits: int | None) -> Decision:
     """
     obstacle = row.obstacle or setting_against(row, config)
     if obstacle:
-        # Where the same tensor is nobody's, a plan that found it there anyway says nothing.
-        is_held = row.role not in (Role.ACTIVATION, Role.BOUNDARY)
-        return Decision(Action.KEEP, obstacle, by_size=is_held)
+        return Decision(Action.KEEP, obstacle)
     if row.numel < config.smallest_numel:
         return Decision(Action.KEEP, f"it has fewer than {config.smallest_numel} elements (min_numel)", by_size=True)
     if row.dtype == torch.bool:

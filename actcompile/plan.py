@@ -57,8 +57,8 @@ class Role(str, Enum):
     """Who holds a saved tensor besides the backward.
 
     What is held is neither rounded nor counted. What is computed from it is an activation, also where that is computed
-    from parameters and buffers alone, unless it is a copy of them, a part of a weight, or a constant: ``passes/held.py``
-    says which, and keeps what is in doubt exact.
+    from parameters and buffers alone, unless it is a copy of them, a part of a weight, or a constant. What these are,
+    ``passes/held.py`` says; what is in doubt stays exact.
     """
 
     ACTIVATION = "activation"  # nobody: its bytes are what training needs
@@ -129,7 +129,7 @@ class Decision:
 
     ``bits`` are those of a code or, with ``keep`` of each ``block``, of a value that is left; ``rows`` is the share of
     rows that are stored, with a mark for each row where ``padded``. ``by_size`` says that it
-    is kept because of its size alone, or because somebody else holds it: another batch size, or graph, decides again. ``nbytes`` is what was stored where that
+    is kept because of its size alone: another batch size decides again. ``nbytes`` is what was stored where that
     depends on the values.
     """
 
