@@ -101,18 +101,20 @@ class GraphPair:
         placeholders = backward.graph.find_nodes(op="placeholder")
         received = placeholders[num_symbols : num_symbols + len(tensors)]
         descriptors = dict(zip(outputs, output.meta["desc"], strict=True)) if "desc" in output.meta else {}
+        roles = _placeholder_roles(forward, input_roles)
+        parameters = {node for node, role in roles.items() if role is Role.PARAMETER}
         pair = cls(
             forward,
             backward,
             user_outputs=list(outputs[:num_user_outputs]),
             slots=[
                 Slot(key, [node], [placeholder])
-                for key, node, placeholder in zip(saved_keys(tensors), tensors, received, strict=True)
+                for key, node, placeholder in zip(saved_keys(tensors, parameters), tensors, received, strict=True)
             ],
             trailing_outputs=trailing,
             symbol_placeholders=placeholders[:num_symbols],
             seed=_find_seed(forward) if Role.SEED in input_roles else None,
-            roles=_placeholder_roles(forward, input_roles),
+            roles=roles,
             input_roles=input_roles,
             descriptors=descriptors,
             # What is saved, too, is known by its last place.
