@@ -121,7 +121,8 @@ def compile_graph(
     if isinstance(config.plan, Plan):
         check_model(config.plan, sites, is_part_of_model())
     record, is_part = records.add(config, roles, sites, settings), hands_on(graph)
-    record.need_gradients = tuple(map(_requires_grad, inputs))
+    tensors = [pair for pair in zip(roles, inputs, strict=True) if isinstance(pair[1], torch.Tensor)]
+    record.need_gradients = tuple((role, value.requires_grad) for role, value in tensors)
     if config.pruning == "samples":
         return prune_by_samples(graph, inputs, config, record)
     seeded, fake_seed = add_scalar_input(graph, "actcompile_seed", torch.zeros((), dtype=torch.int64, device=device))

@@ -45,8 +45,8 @@ class GraphRecord:
         self.inherited: Profile | None = None
         self._frame = current_frame()
         self.roles = roles
-        # Which inputs need gradients, as far as the record is of a graph.
-        self.need_gradients: tuple[bool, ...] = ()
+        # Of each tensor among the inputs, its role and whether it needs a gradient; sizes come and go.
+        self.need_gradients: tuple[tuple[Role, bool], ...] = ()
         # Rows whose tensors cross to or from other graphs of the same call, and the memory in which they do.
         self.crossings: dict[str, Crossing] = {}
         self.crossing_memory: dict[Crossing, object] = {}

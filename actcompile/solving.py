@@ -114,9 +114,8 @@ def _serves(other: GraphRecord, record: GraphRecord) -> bool:
     """Whether what probing ``other`` found holds for ``record``: itself, or the same code at other sizes."""
     if other.own_profile is None:
         return False
-    is_same = other.sites == record.sites and other.roles == record.roles
-    # A tensor that matters to no gradient here may matter to one there.
-    is_same = is_same and other.need_gradients == record.need_gradients
+    # A tensor that matters to no gradient here, or is there anyway, may be another's only copy there.
+    is_same = other.sites == record.sites and other.need_gradients == record.need_gradients
     return other is record or (is_same and record.replaces(other))
 
 
