@@ -4,7 +4,8 @@ import copy
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import CompileError, ConfigError
@@ -59,12 +61,15 @@ __all__ = [
     "default_store",
     "fake_mode_for",
     "get_hash_for_files",
+    "hands_on",
     "has_saved_tensor_hooks",
     "interpret_plainly",
     "is_fake",
+    "is_made_inside",
     "is_part_of_model",
     "isolated_compile",
     "mark_dynamic_batch",
+    "memory_of",
     "min_cut_rematerialization_partition",
     "mode_options",
     "num_in_memory",
@@ -121,6 +126,74 @@ def belongs_to_module(placeholder: fx.Node) -> bool:
     return bool(kind.is_specialized_nn_module() or kind.is_unspecialized_nn_module() or kind.is_fsdp_module())
 
 
+def is_made_inside(placeholder: fx.Node) -> bool:
+    """Whether an input of Dynamo's graph, no part of a module, was computed in the call that is being compiled.
+
+    Where Dynamo breaks a call into several graphs, local variables and results of what ran in between are inputs of the
+    later ones. Whatever lies in the memory of an argument of the call is the caller's; in doubt it is, too.
+    """
+    source = getattr(placeholder, "_dynamo_source", None)
+    if source is None:
+        # Where DDP cuts a graph into parts, what one hands to the next comes from nowhere.
+        return is_part_of_model()
+    name = source.name() if callable(source.name) else source.name
+    if not re.fullmatch(r"L\['\w+'\](\[[^\[\]]+\])*", name):
+        return False
+    while hasattr(source, "base"):
+        source = source.base
+    given = getattr(placeholder.meta.get("grapharg"), "example", None)
+    if getattr(source, "is_derefed_cell_contents", False) or not isinstance(given, torch.Tensor):
+        return False
+    arguments = _compiled_arguments()
+    return arguments is not None and memory_of(given) not in {memory_of(value) for value in _tensors_in(arguments)}
+
+
+def _compiled_arguments() -> tuple[Any, Any] | None:
+    """What the compiled function that is running was called with; to be called while Dynamo compiles."""
+    frame = sys._getframe()
+    while frame is not None:
+        # Seen in 2.11 to 2.13.
+        if frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame":
+            return frame.f_locals.get("args"), frame.f_locals.get("kwargs")
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+# How deep tensors may lie in the arguments of a call, and how many objects are looked at.
+_ARGUMENT_DEPTH, _ARGUMENT_OBJECTS = 5, 10_000
+
+
+def _tensors_in(arguments: object) -> Iterator[torch.Tensor]:
+    """The tensors in a call's arguments, their items and attributes, modules left out."""
+    level, seen = [arguments], 0
+    for _ in range(_ARGUMENT_DEPTH):
+        inside: list[Any] = []
+        for value in level:
+            if isinstance(value, torch.Tensor):
+                yield value
+            elif isinstance(value, Mapping):
+                inside.extend(value.values())
+            elif isinstance(value, list | tuple | set | frozenset):
+                inside.extend(value)
+            elif not isinstance(value, torch.nn.Module | type) and hasattr(value, "__dict__"):
+                inside.extend(vars(value).values())
+        seen += len(inside)
+        level = inside if seen < _ARGUMENT_OBJECTS else []
+
+
+def memory_of(value: torch.Tensor) -> object:
+    """What stands for the memory of a tensor: equal for tensors in the same one, and keeps none of it."""
+    if value.layout != torch.strided:
+        return id(value)
+    return StorageWeakRef(value.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def hands_on(graph: fx.GraphModule) -> bool:
+    """Whether what Dynamo's graph returns goes to other graphs of the same call: at a break, or a cut of DDP's."""
+    reason = getattr(graph, "compile_subgraph_reason", None)
+    return reason is not None and bool(reason.graph_break)
+
+
 def argument_name(placeholder: fx.Node) -> str:
     """The name of the argument or local variable that an input of Dynamo's graph comes from, or an empty string."""
     source = getattr(placeholder, "_dynamo_source", None)
@@ -136,6 +209,12 @@ def copied(graph: fx.GraphModule) -> fx.GraphModule:
     result.graph = copy.deepcopy(graph.graph)
     # The copy has taken the graph from its owner, which passes would add submodules to.
     graph.graph.owning_module = graph
+    # Where Dynamo's inputs come from: without it AOTAutograd takes none of them for a parameter, which is there anyway.
+    if hasattr(graph, "_param_name_to_source"):
+        result._param_name_to_source = graph._param_name_to_source
+        pairs = zip(*(g.graph.find_nodes(op="placeholder") for g in (graph, result)), strict=True)
+        for node, twin in pairs:
+            twin._dynamo_source = getattr(node, "_dynamo_source", None)  # type: ignore[attr-defined]
     result.recompile()
     return result
 

@@ -23,6 +23,7 @@ from .passes._naming import module_path, operator_name, source_line
 from .passes._noise_paths import unsafe_placeholders
 from .passes._views import VALUE_PRESERVING_OPS, storage, value_chain
 from .passes._weight_grads import WeightGrad, WeightGrads
+from .passes.held import HeldValues
 from .passes.snapshot_inputs import is_snapshot, written_by
 from .plan import Recomputation, Role, SavedTensor
 
@@ -69,12 +70,15 @@ def analyze(pair: GraphPair) -> list[SavedTensor]:
     """One row per slot of ``pair``, in its order."""
     order = {node: position for position, node in enumerate(pair.backward.graph.nodes)}
     gradients = _reached_gradients(pair.backward.graph, order)
-    returned = {storage(node) for node in pair.user_outputs if isinstance(node, fx.Node)}
+    # What goes to other graphs of the same call, nobody keeps.
+    returned = {storage(node) for node in pair.user_outputs if isinstance(node, fx.Node) and not pair.is_part}
     weights, keys = WeightGrads(pair.backward.graph, pair.input_roles), {slot.source: slot.key for slot in pair.slots}
+    held = HeldValues(pair)
     num_marks = sum(hint(n.meta["val"].numel()) for n, role in pair.roles.items() if role is Role.PADDING)
     rows = []
     for slot in pair.slots:
-        readers, row = weights.of(slot.placeholder), _describe(pair, slot, returned)
+        readers = weights.of(slot.placeholder)
+        row = _describe(pair, slot, returned, _is_weight(held, slot, bool(readers)))
         # One operator may yield several gradients, not all of which read this.
         is_leaf = len(gradients[slot.placeholder]) == 1 or len(readers) == 1
         kind = "leaf" if is_leaf else "path"
@@ -110,7 +114,13 @@ def _num_rows(placeholder: fx.Node, readers: Sequence[WeightGrad]) -> int:
     return hint(placeholder.meta["val"].numel()) // features.pop()
 
 
-def _describe(pair: GraphPair, slot: Slot, returned: set[fx.Node]) -> SavedTensor:
+def _is_weight(held: HeldValues, slot: Slot, is_layer_input: bool) -> bool:
+    """Whether a slot's tensor is computed from parameters and buffers alone and is no activation."""
+    is_held = slot.source.op != "placeholder" and held.is_held(slot.source)
+    return is_held and not held.is_activation(slot.source, is_layer_input)
+
+
+def _describe(pair: GraphPair, slot: Slot, returned: set[fx.Node], is_weight: bool) -> SavedTensor:
     source, value = slot.source, slot.source.meta["val"]
     role = pair.roles[source] if source.op == "placeholder" else Role.ACTIVATION
     root = storage(source)
@@ -129,7 +139,7 @@ def _describe(pair: GraphPair, slot: Slot, returned: set[fx.Node]) -> SavedTenso
         nbytes=hint(value.numel()) * value.element_size(),
         role=role,
         index_range=_index_range(value_chain(source)[-1]),
-        obstacle=_obstacle(pair, slot, role, root in returned),
+        obstacle=_obstacle(slot, role, root in returned, is_weight, _is_copy_of_input(pair, source)),
         movable=role in (Role.ACTIVATION, Role.BOUNDARY)
         and root not in returned
         and not _is_written_back(slot)
@@ -143,7 +153,7 @@ def _recomputation(slot: Slot, keys: Mapping[fx.Node, str]) -> Recomputation | N
     return None if nodes is None else Recomputation(num_flops(nodes), tuple(keys[node] for node in cone_inputs(nodes)))
 
 
-def _obstacle(pair: GraphPair, slot: Slot, role: Role, is_returned: bool) -> str:
+def _obstacle(slot: Slot, role: Role, is_returned: bool, is_weight: bool, is_copy: bool) -> str:
     """Why a tensor must stay exact, or an empty string."""
     source = slot.source
     value = source.meta["val"]
@@ -161,9 +171,9 @@ def _obstacle(pair: GraphPair, slot: Slot, role: Role, is_returned: bool) -> str
         return "it is narrow already"
     if value.dtype not in FLOATS:
         return f"no codec takes {str(value.dtype).removeprefix('torch.')}"
-    if _is_copy_of_input(pair, source):
+    if is_copy:
         return "it is a copy of an input that may change before the backward"
-    if role is Role.ACTIVATION and _only_parameters(pair, source):
+    if is_weight:
         return "it is computed from parameters alone"
     if is_statistic(source):
         return "it is a statistic: small, and an error would spread over all it sums up"
@@ -224,19 +234,6 @@ def _carries_mask(node: fx.Node) -> bool:
                 return True
             pending.extend(current.all_input_nodes)
     return False
-
-
-def _only_parameters(pair: GraphPair, node: fx.Node) -> bool:
-    """Whether every placeholder above ``node`` is a parameter or buffer, and there is one."""
-    pending, seen, roles = [node], set(), set()
-    while pending:
-        current = pending.pop()
-        if current not in seen:
-            seen.add(current)
-            pending.extend(current.all_input_nodes)
-            if current.op == "placeholder":
-                roles.add(pair.roles[current])
-    return bool(roles) and roles <= {Role.PARAMETER, Role.BUFFER}
 
 
 def _index_range(node: fx.Node) -> int | None:

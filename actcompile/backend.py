@@ -31,8 +31,10 @@ from ._torch import (
     compile_pair,
     copied,
     get_hash_for_files,
+    hands_on,
     interpret_plainly,
     is_fake,
+    is_made_inside,
     is_part_of_model,
     mode_options,
     random_settings,
@@ -46,9 +48,11 @@ from .errors import CompileError, ConfigError
 from .following import check_model, follow
 from .passes import run_passes
 from .passes._naming import call_sites
+from .passes.crossing import crossings
 from .passes.fuse_weight_grad import fuse_weight_grad
 from .passes.lower import lower_codecs, start_compiling_bodies
 from .passes.partition import baseline, partition
+from .passes.weight_operands import is_weight_operand
 from .plan import Plan, Role
 from .planner import make_plan
 from .rng import next_seed
@@ -116,7 +120,9 @@ def compile_graph(
     sites = call_sites(graph.graph)
     if isinstance(config.plan, Plan):
         check_model(config.plan, sites, is_part_of_model())
-    record = records.add(config, roles, sites, settings)
+    record, is_part = records.add(config, roles, sites, settings), hands_on(graph)
+    tensors = [pair for pair in zip(roles, inputs, strict=True) if isinstance(pair[1], torch.Tensor)]
+    record.need_gradients = tuple((role, value.requires_grad) for role, value in tensors)
     if config.pruning == "samples":
         return prune_by_samples(graph, inputs, config, record)
     seeded, fake_seed = add_scalar_input(graph, "actcompile_seed", torch.zeros((), dtype=torch.int64, device=device))
@@ -125,7 +131,7 @@ def compile_graph(
     values = traced_inputs(seeded, [*inputs, fake_seed])
 
     def compile_with(plan: Plan | None, interpret: Interpret | None) -> Callable[..., Any]:
-        partitioner = Partitioner(config, roles, record, plan, lowered=interpret is None)
+        partitioner = Partitioner(config, roles, record, plan, interpret is None, is_part)
         return compile_pair(copied(seeded), values, partitioner=partitioner, interpret=interpret, settings=settings)
 
     compiled = Probed(record, compile_with, interpret) if config.automatic else compile_with(None, interpret)
@@ -137,7 +143,9 @@ def compile_graph(
         seed = (
             next_seed(config.seed, device) if traced is None else traced.new_zeros((), dtype=torch.int64, device=device)
         )
-        return compiled(*args, seed)
+        results = compiled(*args, seed)
+        record.see_crossing(args, results)
+        return results
 
     return run
 
@@ -207,27 +215,30 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
         record: records.GraphRecord,
         plan: Plan | None = None,
         lowered: bool = True,
+        is_part: bool = False,
     ) -> None:
         self.config = config
         self.roles = roles
         self.record = record
         self.plan = plan
         self.lowered = lowered
+        self.is_part = is_part
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Called by AOTAutograd with the joint graph."""
-        self.record.count_baseline = baseline(gm, joint_inputs, **kwargs)
+        self.record.count_baseline = baseline(gm, joint_inputs, self.roles, **kwargs)
         pair = partition(
             gm,
             joint_inputs,
             recompute=self.config.partition_mode,
             lossy=self.config.lossy,
             input_roles=self.roles,
+            is_part=self.is_part,
             **kwargs,
         )
-        rows = analyze(pair)
+        rows, self.record.crossings = analyze(pair), crossings(pair)
         given = self.config.plan if self.plan is None else self.plan
         if isinstance(given, Plan):
             plan = follow(given, rows, self.config)
@@ -248,8 +259,9 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
         return _identity, (self.uuid(),)
 
     def uuid(self) -> object:
-        """What the compiled code depends on besides the graph: this package's sources and the settings."""
-        return get_hash_for_files(_sources(), repr((self.config, self.plan)))
+        """What the compiled code depends on besides the graph: this package's sources, the settings, and whose inputs
+        and outputs are."""
+        return get_hash_for_files(_sources(), repr((self.config, self.plan, self.roles, self.is_part)))
 
 
 def _identity(value: object) -> object:
@@ -264,17 +276,35 @@ def _sources() -> tuple[str, ...]:
 
 
 def input_role(placeholder: fx.Node, value: Any, padding: str | None = None) -> Role:
-    """Who holds a graph input besides the graph; ``padding`` names the model's argument that marks padding."""
+    """Who holds a graph input besides the graph; ``padding`` names the model's argument that marks padding.
+
+    1. A parameter is one by its type, as part of a module that needs a gradient (FSDP and functional_call put views of
+       other tensors there), or where operators read it as their weight alone. A buffer is any other part of a module.
+    2. A leaf that needs a gradient, or a view of one, is held by autograd until the gradient is there: an input.
+    3. What else needs a gradient is an activation of an earlier graph, or of the caller's: a boundary.
+    4. What needs none is a boundary where the compiled call itself computed it, in an earlier graph or between two; an
+       argument of the call is an input.
+    """
     example = placeholder.meta.get("example_value", value)
     if not isinstance(example, torch.Tensor):
         return Role.INPUT
     if isinstance(example, torch.nn.Parameter) or getattr(example, "_is_param", False):
         return Role.PARAMETER
+    if belongs_to_module(placeholder):
+        return Role.PARAMETER if example.requires_grad else Role.BUFFER
+    if is_weight_operand(placeholder):
+        return Role.PARAMETER if example.requires_grad else Role.BUFFER
     if example.requires_grad:
-        return Role.PARAMETER if example.is_leaf else Role.BOUNDARY
+        return Role.INPUT if _is_held_by_autograd(example) else Role.BOUNDARY
     if padding is not None and argument_name(placeholder) == padding:
         return Role.PADDING
-    return Role.BUFFER if belongs_to_module(placeholder) else Role.INPUT
+    return Role.BOUNDARY if is_made_inside(placeholder) else Role.INPUT
+
+
+def _is_held_by_autograd(value: torch.Tensor) -> bool:
+    """Whether a tensor that needs a gradient is a leaf, or lies in the memory of one."""
+    base = value._base if value._is_view() else value  # type: ignore[no-untyped-call]
+    return base is not None and base.is_leaf and base.requires_grad
 
 
 def _check_padding(config: Config, roles: Sequence[Role]) -> None:

@@ -54,13 +54,18 @@ LOSSY = frozenset({Action.QUANTIZE, Action.SPARSIFY, Action.SAMPLE})
 
 
 class Role(str, Enum):
-    """Who holds a saved tensor besides the backward."""
+    """Who holds a saved tensor besides the backward.
+
+    What is held is neither rounded nor counted. What is computed from it is an activation, also where that is computed
+    from parameters and buffers alone, unless it is a copy of them, a part of a weight, or a constant. What these are,
+    ``passes/held.py`` says; what is in doubt stays exact.
+    """
 
     ACTIVATION = "activation"  # nobody: its bytes are what training needs
-    PARAMETER = "parameter"
-    BUFFER = "buffer"
-    INPUT = "input"  # the caller
-    BOUNDARY = "boundary"  # an activation that another graph of the same model computed
+    PARAMETER = "parameter"  # of a module, or what layers read as their weight
+    BUFFER = "buffer"  # of a module
+    INPUT = "input"  # the caller, or autograd until a leaf has its gradient
+    BOUNDARY = "boundary"  # nobody once the call returns: an earlier graph computed it, or what ran in between
     SEED = "seed"  # of the rounding noise
     PADDING = "padding"  # the caller's, and says which tokens are no padding
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from ._config_checks import parse_nbytes
-from ._torch import current_frame, is_fake
+from ._torch import current_frame, is_fake, memory_of
 from .config import Config
 from .memory import CompiledStep, SymbolicTimeline, Timeline, step_timeline
+from .passes.crossing import Crossing
 from .plan import Plan, Profile, Role, SavedTensor
 from .planner import counted_nbytes, stored_nbytes
 from .sensitivity import Probe
@@ -36,7 +37,7 @@ class GraphRecord:
         self._settings = dict(settings or {})
         self.rows: list[SavedTensor] = []
         self.plan = Plan()
-        self.count_baseline: Callable[[], int] = lambda: 0
+        self.count_baseline: Callable[[], Mapping[Crossing | None, int]] = dict
         self.timeline: Timeline | None = None
         self.probe: Probe | None = None
         self.sites = sites
@@ -44,6 +45,11 @@ class GraphRecord:
         self.inherited: Profile | None = None
         self._frame = current_frame()
         self.roles = roles
+        # Of each tensor among the inputs, its role and whether it needs a gradient; sizes come and go.
+        self.need_gradients: tuple[tuple[Role, bool], ...] = ()
+        # Rows whose tensors cross to or from other graphs of the same call, and the memory in which they do.
+        self.crossings: dict[str, Crossing] = {}
+        self.crossing_memory: dict[Crossing, object] = {}
         self._parameters: list[weakref.ref[torch.Tensor]] | None = None
         self._are_fake = False
 
@@ -60,7 +66,7 @@ class GraphRecord:
     @property
     def baseline_nbytes(self) -> int:
         """Bytes that torch.compile saves for the same graph."""
-        return self.count_baseline()
+        return sum(self.count_baseline().values())
 
     def budget_nbytes(self) -> float | None:
         """Bytes that the settings allow to be saved, if they limit them."""
@@ -105,6 +111,16 @@ class GraphRecord:
             pairs = zip(self.roles, args, strict=False)
             self._parameters = [weakref.ref(value) for role, value in pairs if role is Role.PARAMETER]
             self._are_fake = are_fake
+
+    def see_crossing(self, args: Sequence[Any], results: Sequence[Any]) -> None:
+        """Remembers, at the first step, the memory of what may cross to or from other graphs."""
+        if self.crossing_memory or any(is_fake(value) for value in args):
+            return
+        inputs = {("in", i): args[i] for i, role in enumerate(self.roles) if role is Role.BOUNDARY}
+        outputs = {("out", i): value for i, value in enumerate(results)}
+        self.crossing_memory = {
+            place: memory_of(value) for place, value in (inputs | outputs).items() if isinstance(value, torch.Tensor)
+        }
 
     def parameters(self) -> list[torch.Tensor]:
         """The parameters that the graph was called with and that are still there."""

@@ -195,18 +195,47 @@ def folded_name(modules: Sequence[str]) -> str:
 
 def make_report(records: Sequence[GraphRecord]) -> Report:
     """The report on ``records``."""
-    rows = [_report_row(record, row) for record in records for row in record.rows]
+    known = _Once()
+    rows = [_report_row(record, row, known.has_stored(record, row)) for record in records for row in record.rows]
     timelines = tuple(record.timeline for record in records if record.timeline is not None)
     return Report(
         tuple(rows),
-        sum(record.baseline_nbytes for record in records),
+        sum(map(known.baseline_nbytes, records)),
         timelines,
         _total_noise(records),
         _predictions=tuple(functools.cache(record.predicted_timeline) for record in records),
     )
 
 
-def _report_row(record: GraphRecord, row: SavedTensor) -> ReportRow:
+class _Once:
+    """Counts once what crosses between graphs of one call as it is, whichever of them store it."""
+
+    def __init__(self) -> None:
+        self._stored: set[object] = set()
+        self._baseline: set[object] = set()
+
+    def has_stored(self, record: GraphRecord, row: SavedTensor) -> bool:
+        """Whether a graph before stores the tensor of ``row`` as it is, and so does ``record``."""
+        memory = record.crossing_memory.get(record.crossings.get(row.key, ("", 0)))
+        decision = record.plan[row.key]
+        if memory is None or decision.action is not Action.KEEP or decision.offload:
+            return False
+        is_known = memory in self._stored
+        self._stored.add(memory)
+        return is_known
+
+    def baseline_nbytes(self, record: GraphRecord) -> int:
+        """Bytes that torch.compile saves for ``record`` and for no graph before."""
+        total = 0
+        for place, nbytes in record.count_baseline().items():
+            memory = None if place is None else record.crossing_memory.get(place)
+            total += nbytes if memory not in self._baseline else 0
+            if memory is not None:
+                self._baseline.add(memory)
+        return total
+
+
+def _report_row(record: GraphRecord, row: SavedTensor, is_stored_before: bool = False) -> ReportRow:
     decision, profile = record.plan[row.key], record.profile
     known = None if profile is None else profile.sensitivities.get(row.key)
     square = 0.0 if profile is None else profile.gradient_square
@@ -223,10 +252,10 @@ def _report_row(record: GraphRecord, row: SavedTensor) -> ReportRow:
         nbytes=row.nbytes,
         action=str(decision.action),
         bits=decision.bits,
-        stored_nbytes=stored_nbytes(row, decision),
+        stored_nbytes=0 if is_stored_before else stored_nbytes(row, decision),
         kind=row.kind,
         role=str(row.role),
-        reason=decision.reason,
+        reason="an earlier graph of the same call stores it" if is_stored_before else decision.reason,
         sensitivity=noises[0],
         predicted_noise=noises[1],
         host_nbytes=host_nbytes(row, decision),

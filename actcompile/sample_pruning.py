@@ -105,7 +105,7 @@ class _Baseline(CustomPartitionerFn):  # type: ignore[misc]
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Called by AOTAutograd with the joint graph."""
-        self._record.count_baseline = baseline(gm, joint_inputs, **kwargs)
+        self._record.count_baseline = baseline(gm, joint_inputs, self._record.roles, **kwargs)
         return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
 
     def uuid(self) -> object:

@@ -180,7 +180,7 @@ class Probe:
         return [
             position
             for position, (node, role) in enumerate(zip(graph_outputs(graph), self._roles, strict=False))
-            if isinstance(node, fx.Node) and role in (Role.PARAMETER, Role.BOUNDARY) and is_tensor(node)
+            if isinstance(node, fx.Node) and role in (Role.PARAMETER, Role.BOUNDARY, Role.INPUT) and is_tensor(node)
         ]
 
     def _sliced(self, whole: Sweep) -> SlicedBackward | None:

@@ -114,7 +114,9 @@ def _serves(other: GraphRecord, record: GraphRecord) -> bool:
     """Whether what probing ``other`` found holds for ``record``: itself, or the same code at other sizes."""
     if other.own_profile is None:
         return False
-    return other is record or (other.sites == record.sites and record.replaces(other))
+    # A tensor that matters to no gradient here, or is there anyway, may be another's only copy there.
+    is_same = other.sites == record.sites and other.need_gradients == record.need_gradients
+    return other is record or (is_same and record.replaces(other))
 
 
 def solved_plan(record: GraphRecord, purpose: str = "train") -> Plan:

@@ -51,7 +51,8 @@ class Slot:
 class GraphPair:
     """Forward and backward after the partition; saved tensors are matched by position, once, here.
 
-    ``input_roles`` are those of the graph's inputs, whose gradients the backward returns in this order.
+    ``input_roles`` are those of the graph's inputs, whose gradients the backward returns in this order. ``is_part``
+    says that its outputs go to other graphs of the same call, and nobody else needs to keep them.
     """
 
     forward: fx.GraphModule
@@ -64,6 +65,8 @@ class GraphPair:
     roles: dict[fx.Node, Role]
     input_roles: Sequence[Role]
     descriptors: dict[Any, Any] = field(default_factory=dict)
+    user_descriptors: Sequence[Any] = ()
+    is_part: bool = False
 
     @classmethod
     def from_partition(
@@ -73,6 +76,7 @@ class GraphPair:
         num_user_outputs: int,
         num_pinned: int,
         input_roles: Sequence[Role],
+        is_part: bool = False,
     ) -> "GraphPair":
         """Matches the outputs of ``forward`` with the placeholders of ``backward``.
 
@@ -85,6 +89,7 @@ class GraphPair:
             num_user_outputs: Outputs of the forward that the model returns.
             num_pinned: Outputs behind them that were there for the partition alone; dropped.
             input_roles: Roles of the graph's inputs; a seed is the last of them.
+            is_part: Whether other graphs of the same call read what it returns.
         """
         output = forward.graph.output_node()
         outputs = graph_outputs(forward.graph)
@@ -96,20 +101,25 @@ class GraphPair:
         placeholders = backward.graph.find_nodes(op="placeholder")
         received = placeholders[num_symbols : num_symbols + len(tensors)]
         descriptors = dict(zip(outputs, output.meta["desc"], strict=True)) if "desc" in output.meta else {}
+        roles = roles_of_inputs(forward.graph, input_roles)
+        parameters = {node for node, role in roles.items() if role is Role.PARAMETER}
         pair = cls(
             forward,
             backward,
             user_outputs=list(outputs[:num_user_outputs]),
             slots=[
                 Slot(key, [node], [placeholder])
-                for key, node, placeholder in zip(saved_keys(tensors), tensors, received, strict=True)
+                for key, node, placeholder in zip(saved_keys(tensors, parameters), tensors, received, strict=True)
             ],
             trailing_outputs=trailing,
             symbol_placeholders=placeholders[:num_symbols],
             seed=_find_seed(forward) if Role.SEED in input_roles else None,
-            roles=roles_of_inputs(forward.graph, input_roles),
+            roles=roles,
             input_roles=input_roles,
             descriptors=descriptors,
+            # What is saved, too, is known by its last place.
+            user_descriptors=output.meta.get("desc", ())[:num_user_outputs],
+            is_part=is_part,
         )
         pair.sync()
         return pair
@@ -159,9 +169,15 @@ def roles_of_inputs(graph: fx.Graph, input_roles: Sequence[Role]) -> dict[fx.Nod
     """Roles of the placeholders of a forward or joint graph; what cannot be told apart counts as the caller's."""
     roles = {}
     for node in graph.find_nodes(op="placeholder"):
-        index: int = getattr(node.meta.get("desc"), "idx", len(input_roles))
-        roles[node] = input_roles[index] if index < len(input_roles) else Role.INPUT
+        index = input_index(node)
+        roles[node] = input_roles[index] if index is not None and index < len(input_roles) else Role.INPUT
     return roles
+
+
+def input_index(placeholder: fx.Node) -> int | None:
+    """Which input of Dynamo's graph a placeholder of the forward is; None where that is not known."""
+    index: int | None = getattr(placeholder.meta.get("desc"), "idx", None)
+    return index
 
 
 def _find_seed(forward: fx.GraphModule) -> fx.Node:

@@ -2,7 +2,7 @@
 
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 import torch
 from torch import fx
@@ -58,14 +58,15 @@ def _yields_tensors(node: fx.Node) -> bool:
     return node.target is not operator.getitem and isinstance(first, torch.Tensor)
 
 
-def saved_keys(nodes: Sequence[fx.Node]) -> Iterator[str]:
+def saved_keys(nodes: Sequence[fx.Node], parameters: Container[fx.Node] = ()) -> Iterator[str]:
     """One key per saved tensor that survives other batch sizes, ranks and restarts: module, operator, number.
 
     Inputs of the graph are called after the first module that uses them: parts of one model each have their own.
+    ``parameters`` among them take no numbers of others, whichever of them a graph saves.
     """
     seen: dict[str, int] = {}
     for node in nodes:
         named = next((user for user in node.users if module_path(user)), node) if node.op == "placeholder" else node
-        stem = f"{module_path(named)}/{operator_name(node)}"
+        stem = f"{module_path(named)}/{'parameter' if node in parameters else operator_name(node)}"
         seen[stem] = seen.get(stem, 0) + 1
         yield stem if seen[stem] == 1 else f"{stem}#{seen[stem]}"

@@ -11,7 +11,7 @@ becomes
     3. NARROW     integers are cast down in the forward and up again in the backward
     4. KEEP       of parts of a larger tensor copies cross, so that the rest is freed, unless they are all of it
 
-Never touches: other rows that the plan keeps, graph inputs that the caller holds, outputs of the graph, attention
+Never touches: other rows that the plan keeps, graph inputs and outputs that the caller holds, attention
 biases whose rows would no longer be aligned.
 """
 

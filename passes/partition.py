@@ -30,11 +30,13 @@ from torch._guards import TracingContext, tracing
 
 from actcompile.plan import Role
 
-from ._fx import GraphPair, Slot, fake_mode, first_user, graph_outputs, hint, retire
-from ._views import storage, value_chain
+from ._fx import GraphPair, Slot, fake_mode, first_user, hint, retire
+from ._views import value_chain
+from .crossing import Crossing, saved_nbytes
 from .drop_zero_rows import drop_zero_rows
 from .pin_unstable import pin_unstable, unfold
 from .recompute import offer_inputs
+from .remake_copies import remake_copies
 from .rerun_attention import rerun_attention
 from .snapshot_inputs import mark_changing_inputs, snapshot_inputs
 
@@ -50,6 +52,8 @@ def partition(
     lossy: bool,
     input_roles: Sequence[Role],
     num_fwd_outputs: int,
+    is_part: bool = False,
+    static_lifetime_input_indices: Sequence[int] = (),
     **kwargs: Any,
 ) -> GraphPair:
     """Splits ``joint``, which it changes.
@@ -62,6 +66,9 @@ def partition(
             forward and attention's backward runs on its own operands.
         input_roles: Roles of the graph's inputs.
         num_fwd_outputs: Outputs of the joint graph that belong to the forward.
+        is_part: Whether other graphs of the same call read what the graph returns.
+        static_lifetime_input_indices: Inputs that are there anyway, as torch has it; of these, parameters alone stay as
+            they are until the backward.
         **kwargs: What else AOTAutograd hands to a partitioner.
     """
     mark_changing_inputs(joint, input_roles)
@@ -75,14 +82,18 @@ def partition(
         num_outputs = pin_unstable(joint, num_fwd_outputs, input_roles)
         # Functions that stand in one node look alike.
         settings["cse"] = False
+    lasting = [i for i in static_lifetime_input_indices if i < len(input_roles) and input_roles[i] is Role.PARAMETER]
     with functorch_config.patch(settings):
         forward, backward = min_cut_rematerialization_partition(
-            joint, joint_inputs, num_fwd_outputs=num_outputs, **kwargs
+            joint, joint_inputs, num_fwd_outputs=num_outputs, static_lifetime_input_indices=lasting, **kwargs
         )
     for module in (forward, backward):
         unfold(module.graph)
-    pair = GraphPair.from_partition(forward, backward, num_fwd_outputs, num_outputs - num_fwd_outputs, input_roles)
+    num_pinned = num_outputs - num_fwd_outputs
+    pair = GraphPair.from_partition(forward, backward, num_fwd_outputs, num_pinned, input_roles, is_part)
     _share_saved_values(pair)
+    if cheap:
+        remake_copies(pair)
     if lossy:
         rerun_attention(pair)
     snapshot_inputs(pair)
@@ -98,18 +109,20 @@ def _embeddings_as_indexing(graph: fx.Graph) -> None:
         node.target, node.args, node.kwargs = torch.ops.aten.index.Tensor, (weight, [indices]), {}
 
 
-def baseline(joint: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Callable[[], int]:
-    """Bytes that torch.compile would save for ``joint``, parameters and graph inputs left out, once somebody asks."""
+def baseline(
+    joint: fx.GraphModule, joint_inputs: Sequence[object], input_roles: Sequence[Role], **kwargs: Any
+) -> Callable[[], dict[Crossing | None, int]]:
+    """Bytes that torch.compile would save for ``joint``, what others hold left out, once somebody asks.
+
+    What crosses to or from other graphs is given by its place, all else under None.
+    """
     untouched = fx.GraphModule(joint, _copy(joint.graph))
 
     @functools.cache
-    def nbytes() -> int:
+    def nbytes() -> dict[Crossing | None, int]:
         with _traced_again(untouched.graph):
             forward, _ = min_cut_rematerialization_partition(untouched, joint_inputs, **kwargs)
-        outputs = graph_outputs(forward.graph)[kwargs["num_fwd_outputs"] :]
-        saved = [node for node in outputs if isinstance(node, fx.Node)]
-        roots = {node: (value_chain(node)[-1], storage(node)) for node in saved}
-        return sum(tensor_nbytes(node.meta["val"]) for node in saved if all(r.op != "placeholder" for r in roots[node]))
+        return saved_nbytes(forward.graph, kwargs["num_fwd_outputs"], input_roles)
 
     return nbytes
 
@@ -126,11 +139,6 @@ def _copy(graph: fx.Graph) -> fx.Graph:
     output = copied.output(copied.graph_copy(graph, {}))
     output.meta = dict(graph.output_node().meta)
     return copied
-
-
-def tensor_nbytes(value: object) -> int:
-    """Bytes of a traced tensor; 0 for anything else."""
-    return hint(value.numel()) * value.element_size() if isinstance(value, torch.Tensor) else 0
 
 
 def _share_saved_values(pair: GraphPair) -> None:

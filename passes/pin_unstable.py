@@ -32,6 +32,7 @@ from actcompile.plan import Role
 from ._fx import call, graph_outputs, roles_of_inputs, tangent_dependent
 from ._noise import Noise, Unit
 from .factor_tangents import factor_tangents
+from .held import is_product
 
 aten = torch.ops.aten
 
@@ -72,10 +73,12 @@ def pin_unstable(joint: fx.GraphModule, num_forward_outputs: int, input_roles: S
 def _noise_in(joint: fx.GraphModule, num_forward_outputs: int, input_roles: Sequence[Role]) -> Noise:
     graph, roles = joint.graph, roles_of_inputs(joint.graph, input_roles)
     dependent = tangent_dependent(graph)
+    # What layers make of data is an activation, wherever the data comes from.
+    products = [node for node in graph.nodes if node not in dependent and is_product(node)]
     return Noise(
         graph.nodes,
         dependent,
-        sources=[node for node, role in roles.items() if role not in _EXACT_ROLES],
+        sources=[*products, *(node for node, role in roles.items() if role not in _EXACT_ROLES)],
         exact={node for node, role in roles.items() if role is not Role.BOUNDARY},
         results=graph_outputs(graph)[num_forward_outputs:],
     )

@@ -100,11 +100,12 @@ def offer_inputs(pair: GraphPair) -> None:
             wanted.update(cone_inputs(cone(slot.source, given) or []))
     for position, node in enumerate(inputs):
         if node in wanted and node not in crossing:
-            _let_cross(pair, node, f"/input#{position}")
+            let_cross(pair, node, f"/input#{position}")
     pair.sync()
 
 
-def _let_cross(pair: GraphPair, node: fx.Node, key: str) -> None:
+def let_cross(pair: GraphPair, node: fx.Node, key: str) -> Slot:
+    """Adds a slot for a graph input; there is another slot."""
     other = pair.slots[-1]
     with pair.backward.graph.inserting_after(other.placeholder):
         placeholder = pair.backward.graph.placeholder(f"{node.name}_offered")
@@ -113,4 +114,6 @@ def _let_cross(pair: GraphPair, node: fx.Node, key: str) -> None:
     placeholder.meta["val"] = node.meta["val"]
     if other.source in pair.descriptors:
         pair.descriptors[node] = pair.descriptors[other.source]
-    pair.slots.append(Slot(key, [node], [placeholder]))
+    slot = Slot(key, [node], [placeholder])
+    pair.slots.append(slot)
+    return slot

@@ -64,9 +64,11 @@ def test_training(name: str, rate: float) -> None:
     got = train(task, step, rate)
     assert got[-1] < 0.8 * got[0]
     assert abs(got[-1] - expected[-1]) < 0.05 * (expected[0] - expected[-1])
-    exact, four = task.gradients(), task.gradients(step)
-    assert cosine(four, exact) >= 0.98
-    each = cosines(four, exact)
+    exact, draws = task.gradients(), [task.gradients(step) for _ in range(4)]
+    assert min(cosine(four, exact) for four in draws) >= 0.98
+    # One draw of the noise says little about a small gradient.
+    found = [cosines(four, exact) for four in draws]
+    each = {name: sum(cosine_of[name] for cosine_of in found) / len(found) for name in found[0]}
     assert min(each.values()) >= 0.9, min(each, key=each.__getitem__)
     torch._dynamo.reset()
     assert 0 < relative_error(task.gradients(compiled(task.model, bits=8)), exact) <= 0.02

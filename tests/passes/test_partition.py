@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from actcompile.passes.partition import tensor_nbytes
+from actcompile.passes._fx import hint_nbytes
 
 from .pairs import Traced, trace
 
@@ -102,7 +102,7 @@ def test_repeated_keys_are_saved_before_they_are_repeated() -> None:
     traced = trace(grouped, weight(8, 8), torch.randn(4, 8))
     keys = traced.pair.slots[0].source
     assert keys.name == "mm"
-    assert tensor_nbytes(keys.meta["val"]) == 4 * 8 * 4
+    assert hint_nbytes(keys) == 4 * 8 * 4
 
 
 def test_permuted_parameters_are_saved_as_the_parameter() -> None:
