@@ -4,6 +4,7 @@ import copy
 import functools
 import inspect
 import re
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import FunctionType
@@ -39,6 +40,8 @@ from .errors import CompileError, ConfigError
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
+# Says whether a forward's saved tensors are still there.
+Held = Callable[[], bool]
 # Makes a function, of a list that it empties, of a graph and whether it is the backward.
 Interpret = Callable[[fx.GraphModule, bool], Callable[[list[Any]], Any]]
 
@@ -46,6 +49,7 @@ __all__ = [
     "NEEDS_VALUES",
     "TRAINING_SETTINGS",
     "CustomPartitionerFn",
+    "Held",
     "HigherOrderOperator",
     "Interpret",
     "add_scalar_input",
@@ -60,6 +64,7 @@ __all__ = [
     "fake_mode_for",
     "get_hash_for_files",
     "has_saved_tensor_hooks",
+    "held_by",
     "interpret_plainly",
     "is_fake",
     "is_part_of_model",
@@ -69,6 +74,7 @@ __all__ = [
     "mode_options",
     "num_in_memory",
     "own_code",
+    "parameters_in_use",
     "random_settings",
     "reentrant_tracing",
     "traced_inputs",
@@ -239,6 +245,46 @@ def has_saved_tensor_hooks() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
+def held_by(outputs: Any) -> Held | None:
+    """Whether what was saved for the backward of ``outputs`` is still there, whenever that is asked; None where nothing
+    of them has a backward.
+    """
+    tensors = (value for value in tree_leaves(outputs) if isinstance(value, torch.Tensor))
+    functions = [value.grad_fn for value in tensors if value.grad_fn is not None]
+    for function in functions:
+        # Outputs that are views of others are made outside of the graph.
+        while function is not None and not isinstance(function, torch.autograd.function.BackwardCFunction):
+            function = function.next_functions[0][0] if function.next_functions else None
+        if function is not None:
+            return functools.partial(_has_saved, weakref.ref(function))
+    return _until_backward(functions[0]) if functions else None
+
+
+def _has_saved(reference: "weakref.ref[Any]") -> bool:
+    function = reference()
+    try:
+        return function is not None and function._raw_saved_tensors is not None
+    # It says so where a backward has freed them.
+    except RuntimeError:
+        return False
+
+
+def _until_backward(function: Any) -> Held:
+    """Whether ``function``, one of torch's own, is still there and has not run."""
+    token = _Token()
+    # What a function of C++ lives by cannot be seen from here, but its hooks live as long.
+    function.register_prehook(token.mark)
+    reference = weakref.ref(token)
+    return lambda: (alive := reference()) is not None and not alive.has_run
+
+
+class _Token:
+    has_run = False
+
+    def mark(self, gradients: Any) -> None:
+        self.has_run = True
+
+
 def is_fake(value: object) -> bool:
     """Whether ``value`` is a tensor without data."""
     return isinstance(value, FakeTensor)
@@ -259,6 +305,20 @@ def is_part_of_model() -> bool:
     from torch.nn.parallel import DistributedDataParallel
 
     return DistributedDataParallel._get_active_ddp_module() is not None  # type: ignore[no-untyped-call]
+
+
+def parameters_in_use(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """The parameters of ``module``, and those that forwards see in their place where FSDP2 has sharded them."""
+    yield from module.parameters()
+    for part in module.modules():
+        # A method of FSDP's modules alone; several groups of parameters since 2.13.
+        find_state = getattr(part, "_get_fsdp_state", None)
+        state = find_state() if find_state is not None else None
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        for sharded in (one for group in groups if group is not None for one in group.fsdp_params):
+            whole = getattr(sharded, "_unsharded_param", None)
+            if whole is not None:
+                yield whole
 
 
 def own_code(function: FunctionType) -> FunctionType:

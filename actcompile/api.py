@@ -50,13 +50,11 @@ def make_config(config: Config | None, settings: dict[str, Any]) -> Config:
 
 def report(model: torch.nn.Module | None = None) -> "Report":
     """What the training graphs of ``model`` save and store, after its first step; of all models when left out."""
-    from . import records
+    from . import steps
+    from ._torch import parameters_in_use
     from .reporting import make_report
 
-    known = records.finished()
-    if model is not None:
-        known = [record for record in known if record.belongs_to(model.parameters())]
-    return make_report(known)
+    return make_report(steps.latest(None if model is None else parameters_in_use(model)))
 
 
 def explain(

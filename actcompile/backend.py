@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import records
+from . import records, steps
 from ._torch import (
     CustomPartitionerFn,
     Interpret,
@@ -137,7 +137,10 @@ def compile_graph(
         seed = (
             next_seed(config.seed, device) if traced is None else traced.new_zeros((), dtype=torch.int64, device=device)
         )
-        return compiled(*args, seed)
+        steps.begin()
+        outputs = compiled(*args, seed)
+        steps.note(record, args, outputs)
+        return outputs
 
     return run
 

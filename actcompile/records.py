@@ -1,13 +1,14 @@
 """What is remembered about the graphs of this process, for reports."""
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from . import steps
 from ._config_checks import parse_nbytes
 from ._torch import current_frame, is_fake
 from .config import Config
@@ -46,6 +47,13 @@ class GraphRecord:
         self.roles = roles
         self._parameters: list[weakref.ref[torch.Tensor]] | None = None
         self._are_fake = False
+        # How often each graph was called in the latest complete step that called this one.
+        self.companions: steps.Companions = {}
+
+    @property
+    def num_calls(self) -> int:
+        """How often a step calls the graph."""
+        return self.companions.get(self, 1)
 
     @property
     def own_profile(self) -> Profile | None:
@@ -106,15 +114,9 @@ class GraphRecord:
             self._parameters = [weakref.ref(value) for role, value in pairs if role is Role.PARAMETER]
             self._are_fake = are_fake
 
-    def parameters(self) -> list[torch.Tensor]:
-        """The parameters that the graph was called with and that are still there."""
-        known = (reference() for reference in self._parameters or ())
-        return [parameter for parameter in known if parameter is not None]
-
-    def belongs_to(self, parameters: Iterable[torch.Tensor]) -> bool:
-        """Whether the graph was called with one of ``parameters``."""
-        known = {id(parameter) for parameter in parameters}
-        return any(id(parameter) in known for parameter in self.parameters())
+    def is_same_code(self, other: "GraphRecord") -> bool:
+        """Whether both are of the same code, perhaps compiled for other sizes."""
+        return self is other or (self._frame is not None and self._frame == other._frame)
 
     def replaces(self, earlier: "GraphRecord") -> bool:
         """Whether ``earlier`` is the same code of the same model, compiled for other sizes."""
@@ -145,9 +147,9 @@ def of_settings(config: Config) -> list[GraphRecord]:
 
 
 def finished() -> list[GraphRecord]:
-    """Records of graphs whose partition is done, oldest first; of code that was compiled again, the latest."""
-    done = [record for record in _records if record.rows]
-    return [record for i, record in enumerate(done) if not any(later.replaces(record) for later in done[i + 1 :])]
+    """Records of graphs in use whose partition is done, oldest first."""
+    used = {call.record for call in steps.latest()}
+    return [record for record in _records if record.rows and record in used]
 
 
 @contextmanager
@@ -156,7 +158,8 @@ def collected() -> Iterator[list[GraphRecord]]:
     global _records
     kept, _records = _records, []
     try:
-        yield _records
+        with steps.isolated():
+            yield _records
     finally:
         _records = kept
 
@@ -164,3 +167,4 @@ def collected() -> Iterator[list[GraphRecord]]:
 def clear() -> None:
     """Forgets all records."""
     _records.clear()
+    steps.clear()

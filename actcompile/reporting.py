@@ -18,7 +18,7 @@ from .decisions import noise_of
 from .memory import Timeline, step_peak
 from .plan import Action, Decision, Role, SavedTensor
 from .planner import host_nbytes, predicted_noise, stored_nbytes
-from .records import GraphRecord
+from .steps import Call
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,7 +66,7 @@ class ReportRow:
 
 @dataclass(frozen=True)
 class Report:
-    """The saved tensors of one or more graphs.
+    """The saved tensors of a step: one row for each that a call of a graph saved.
 
     ``baseline_nbytes`` is what ``torch.compile`` saves for the same graphs. Totals leave out parameters and the
     caller's inputs on both sides.
@@ -193,21 +193,22 @@ def folded_name(modules: Sequence[str]) -> str:
     )
 
 
-def make_report(records: Sequence[GraphRecord]) -> Report:
-    """The report on ``records``."""
-    rows = [_report_row(record, row) for record in records for row in record.rows]
-    timelines = tuple(record.timeline for record in records if record.timeline is not None)
+def make_report(calls: Sequence[Call]) -> Report:
+    """The report on what ``calls`` stored."""
+    rows = [_report_row(call, row) for call in calls for row in call.rows]
+    timelines = tuple(call.record.timeline for call in calls if call.record.timeline is not None)
+    predictions = {call.record: functools.cache(call.record.predicted_timeline) for call in calls}
     return Report(
         tuple(rows),
-        sum(record.baseline_nbytes for record in records),
+        sum(call.record.baseline_nbytes for call in calls),
         timelines,
-        _total_noise(records),
-        _predictions=tuple(functools.cache(record.predicted_timeline) for record in records),
+        _total_noise(calls),
+        _predictions=tuple(predictions[call.record] for call in calls),
     )
 
 
-def _report_row(record: GraphRecord, row: SavedTensor) -> ReportRow:
-    decision, profile = record.plan[row.key], record.profile
+def _report_row(call: Call, row: SavedTensor) -> ReportRow:
+    decision, profile = call.plan[row.key], call.record.profile
     known = None if profile is None else profile.sensitivities.get(row.key)
     square = 0.0 if profile is None else profile.gradient_square
     noises: tuple[float | None, float | None] = (None, None)
@@ -241,10 +242,10 @@ def _kept(decision: Decision) -> str:
     return f"{decision.rows:g} of rows" if decision.action is Action.SAMPLE else ""
 
 
-def _total_noise(records: Sequence[GraphRecord]) -> float | None:
+def _total_noise(calls: Sequence[Call]) -> float | None:
     """The relative variance that all plans add to the gradient; None unless every graph was probed."""
-    profiles = [record.profile for record in records if record.profile is not None]
-    square = sum(profile.gradient_square for profile in profiles)
-    if len(profiles) < len(records) or not square:
+    known = [(call, call.record.profile) for call in calls if call.record.profile is not None]
+    square = sum(profile.gradient_square for _, profile in known)
+    if len(known) < len(calls) or not square:
         return None
-    return sum(predicted_noise(r.rows, r.plan, r.profile) for r in records if r.profile is not None) / square
+    return sum(predicted_noise(call.rows, call.plan, profile) for call, profile in known) / square
