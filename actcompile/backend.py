@@ -54,7 +54,7 @@ from .planner import make_plan
 from .rng import next_seed
 from .sample_pruning import prune_by_samples
 from .sensitivity import Probe
-from .solving import found_plan, solved_again
+from .solving import found_plan, replan, solved_again, solved_plan
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,13 @@ def compile_graph(
         partitioner = Partitioner(config, roles, record, plan, lowered=interpret is None)
         return compile_pair(copied(seeded), values, partitioner=partitioner, interpret=interpret, settings=settings)
 
-    compiled = Probed(record, compile_with, interpret) if config.automatic else compile_with(None, interpret)
+    compiled: Callable[..., Any]
+    if config.automatic:
+        compiled = Probed(record, compile_with, interpret)
+    elif isinstance(config.memory, int | str):
+        compiled = Uniform(record, compile_with, interpret)
+    else:
+        compiled = compile_with(None, interpret)
 
     def run(*args: Any) -> Any:
         record.see_parameters(args)
@@ -143,6 +149,35 @@ def compile_graph(
         return outputs
 
     return run
+
+
+class Uniform:
+    """A graph that is compiled at once; and again where the calls of a step take more than ``memory`` together, which is
+    known once the first step is complete.
+    """
+
+    def __init__(
+        self,
+        record: records.GraphRecord,
+        compile_with: Callable[[Plan | None, Interpret | None], Callable[..., Any]],
+        interpret: Interpret | None,
+    ) -> None:
+        self._record = record
+        self._reenter = reentrant_tracing()
+        self._compile: Callable[[Plan], Callable[..., Any]] = lambda plan: compile_with(plan, interpret)
+        self._compiled = compile_with(None, interpret)
+        self._plan, self._companions = record.solved, record.companions
+
+    def __call__(self, *args: Any) -> Any:
+        if self._record.companions != self._companions:
+            self._companions = self._record.companions
+            replan(self._record)
+        if self._record.solved is not self._plan:
+            self._plan = self._record.solved
+            assert self._plan is not None
+            with self._reenter():
+                self._compiled = self._compile(self._plan)
+        return self._compiled(*args)
 
 
 class Probed:
@@ -171,10 +206,16 @@ class Probed:
         self._plan = Plan()
         self._is_probing = True
         self._num_steps = 0
+        self._companions = record.companions
 
     def __call__(self, *args: Any) -> Any:
+        if self._compiled is not None and self._record.companions != self._companions:
+            self._companions = self._record.companions
+            replan(self._record)
         if self._is_probing:
             self._finish_probing()
+        elif self._record.solved is None and self._record.own_profile is not None:
+            self._follow(solved_plan(self._record))
         elif self._num_steps == self._record.config.profile_every:
             self._probe.arm()
             self._is_probing = True
@@ -194,10 +235,13 @@ class Probed:
         else:
             plan = solved_again(self._record, self._plan, self._num_steps)
         if plan is not None:
-            with self._reenter():
-                self._compiled = self._compile(plan)
-            self._plan = plan
+            self._follow(plan)
         self._is_probing, self._num_steps = False, 0
+
+    def _follow(self, plan: Plan) -> None:
+        with self._reenter():
+            self._compiled = self._compile(plan)
+        self._plan, self._companions = plan, self._record.companions
 
 
 class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
