@@ -14,7 +14,8 @@ import torch
 
 from . import records, steps
 from ._isolated import fresh, reachable_modules, unchanged
-from ._torch import NEEDS_VALUES, fake_mode_for, isolated_compile, random_settings
+from ._notes import notes_on
+from ._torch import NEEDS_VALUES, fake_mode_for, isolated_compile, random_settings, untraced_reasons
 from .backend import act
 from .config import Config
 from .errors import CompileError, ConfigError
@@ -31,7 +32,9 @@ def explain_call(
         ConfigError: When ``model`` is nothing to call.
         CompileError: When the model reads values of tensors, which tracing does not have.
     """
-    return make_report(traced_calls(model, lambda: (args, kwargs), [*args, *kwargs.values()], config))
+    before = untraced_reasons()
+    calls = traced_calls(model, lambda: (args, kwargs), [*args, *kwargs.values()], config)
+    return make_report(calls, notes_on(calls, before=before))
 
 
 def traced_records(*args: Any, **kwargs: Any) -> list[records.GraphRecord]:

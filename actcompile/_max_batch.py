@@ -151,9 +151,7 @@ class _Step:
             return result.requires_grad_(value.requires_grad)
 
         examples = tree_leaves(self._arguments)
-        calls = traced_calls(
-            self._model, lambda: tree_map(remade, self._arguments), examples, self._config, self._loss
-        )
+        calls = traced_calls(self._model, lambda: tree_map(remade, self._arguments), examples, self._config, self._loss)
         if not calls:
             raise ConfigError(
                 "model must save something for a backward, got one without parameters that require gradients, or that "

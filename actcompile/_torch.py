@@ -68,6 +68,7 @@ __all__ = [
     "interpret_plainly",
     "is_fake",
     "is_part_of_model",
+    "is_skipped_at_the_top",
     "isolated_compile",
     "mark_dynamic_batch",
     "min_cut_rematerialization_partition",
@@ -80,6 +81,7 @@ __all__ = [
     "traced_inputs",
     "tree_leaves",
     "tree_map",
+    "untraced_reasons",
     "unwrapped",
 ]
 
@@ -321,6 +323,13 @@ def parameters_in_use(module: torch.nn.Module) -> Iterator[torch.Tensor]:
                 yield whole
 
 
+def untraced_reasons() -> dict[str, int]:
+    """Dynamo's reasons for skipping code, and for breaking graphs, with how often it did so."""
+    from torch._dynamo.utils import counters
+
+    return {**counters["unimplemented"], **counters["graph_break"]}
+
+
 def own_code(function: FunctionType) -> FunctionType:
     """``function`` with a code object of its own: Dynamo keeps there what it compiled, and counts how often."""
     return FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
@@ -336,6 +345,12 @@ def compile_in_place(module: torch.nn.Module, **options: Any) -> None:
         return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     module._compiled_call_impl = torch.compile(own_code(call), **options)  # type: ignore[arg-type]
+
+
+def is_skipped_at_the_top(module: torch.nn.Module) -> bool:
+    """Whether ``module`` was compiled in place to no effect, being one of torch's own."""
+    compiled = getattr(module._compiled_call_impl, "__wrapped__", None)
+    return inspect.ismethod(compiled) and bool(trace_rules.check(module.forward))
 
 
 def current_frame() -> int | None:

@@ -21,6 +21,9 @@ import torch
 from torch import fx
 
 from . import records, steps
+from ._config_checks import without_effect
+from ._inductor_options import check_inductor, without_effect_beside
+from ._patterns import warn
 from ._torch import (
     CustomPartitionerFn,
     Interpret,
@@ -89,10 +92,10 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[C
     """The settings of this package and those of Inductor."""
     given = dict(options or {})
     mode, inductor = given.pop("mode", mode), given.pop("inductor", {})
-    if not isinstance(inductor, dict):
-        raise ConfigError(f"inductor must be a dict of Inductor's settings, got {inductor!r}")
+    check_inductor(inductor)
     ready = given.pop("config", None)
     config = ready if isinstance(ready, Config) and not given else Config.from_options(given)
+    warn([*without_effect(config), *without_effect_beside(config.lowering, mode, inductor)])
     return config.resolved(), {**mode_options(mode), **inductor}
 
 
@@ -107,6 +110,7 @@ def compile_graph(
     if interpret is None and device.type == "cpu":
         check_cpp_compiler()
     if not torch.is_grad_enabled() or not any(_requires_grad(value) for value in inputs):
+        records.note_inference()
         return compile_pair(graph, inputs, partitioner=None, interpret=interpret, settings=settings)
     roles = [
         input_role(node, value, config.padding)
@@ -152,7 +156,7 @@ def compile_graph(
 
 
 class Uniform:
-    """A graph that is compiled at once; and again where the calls of a step take more than ``memory`` together, which is
+    """A graph that is compiled at once; and again where the calls of a step take more than ``memory`` together, as is
     known once the first step is complete.
     """
 

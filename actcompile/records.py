@@ -18,6 +18,8 @@ from .planner import counted_nbytes, stored_nbytes
 from .sensitivity import Probe
 
 _records: list["GraphRecord"] = []
+# Graphs that were compiled without a backward since ``clear``.
+num_without_backward = 0
 
 
 class GraphRecord:
@@ -49,6 +51,7 @@ class GraphRecord:
         self._are_fake = False
         # How often each graph was called in the latest complete step that called this one.
         self.companions: steps.Companions = {}
+        self.are_patterns_checked = False
 
     @property
     def num_calls(self) -> int:
@@ -141,6 +144,12 @@ def add(config: Config, roles: Sequence[Role], sites: tuple[str, ...], settings:
     return record
 
 
+def note_inference() -> None:
+    """Remembers that a graph was compiled that needs no gradient."""
+    global num_without_backward
+    num_without_backward += 1
+
+
 def of_settings(config: Config) -> list[GraphRecord]:
     """Records of graphs with these settings, oldest first."""
     return [record for record in _records if record.config == config]
@@ -166,5 +175,7 @@ def collected() -> Iterator[list[GraphRecord]]:
 
 def clear() -> None:
     """Forgets all records."""
+    global num_without_backward
     _records.clear()
+    num_without_backward = 0
     steps.clear()

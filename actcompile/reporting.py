@@ -69,13 +69,15 @@ class Report:
     """The saved tensors of a step: one row for each that a call of a graph saved.
 
     ``baseline_nbytes`` is what ``torch.compile`` saves for the same graphs. Totals leave out parameters and the
-    caller's inputs on both sides.
+    caller's inputs on both sides. ``notes`` says what is missing, and why: code that Dynamo did not trace stores what
+    it stores without compilation, and is in none of these bytes; settings that have no effect.
     """
 
     rows: tuple[ReportRow, ...]
     baseline_nbytes: int
     timelines: tuple[Timeline, ...] = ()
     predicted_noise: float | None = None
+    notes: tuple[str, ...] = ()
     _predictions: tuple[Callable[[], Timeline | None], ...] = field(default=(), repr=False, compare=False)
 
     @property
@@ -109,13 +111,14 @@ class Report:
 
     def __str__(self) -> str:
         if not self.rows:
-            return "No training graph has been compiled yet: run a step first."
-        return f"{tabulate(self._cells(), _COLUMNS, disable_numparse=True)}\n{self._total()}"
+            return "\n".join(self.notes) or "No training graph has been compiled yet: run a step first."
+        return "\n".join([tabulate(self._cells(), _COLUMNS, disable_numparse=True), self._total(), *self.notes])
 
     def _repr_html_(self) -> str:
         if not self.rows:
-            return f"<p>{html.escape(str(self))}</p>"
-        return f"{tabulate(self._cells(), _COLUMNS, tablefmt='html', disable_numparse=True)}<p>{self._total()}</p>"
+            return "".join(f"<p>{html.escape(line)}</p>" for line in str(self).splitlines())
+        lines = "".join(f"<p>{html.escape(line)}</p>" for line in (self._total(), *self.notes))
+        return f"{tabulate(self._cells(), _COLUMNS, tablefmt='html', disable_numparse=True)}{lines}"
 
     def to_json(self) -> str:
         """All rows and totals as a JSON document."""
@@ -125,7 +128,7 @@ class Report:
         if math.isinf(self.ratio):
             # JSON has no infinity.
             totals["ratio"] = None
-        return json.dumps({**totals, "rows": rows}, indent=1)
+        return json.dumps({**totals, "notes": self.notes, "rows": rows}, indent=1)
 
     def plot(self, path: str | Path | None = None) -> "Figure":
         """Draws bits per tensor and the memory timeline of a step; writes it to ``path`` if that is given.
@@ -193,8 +196,8 @@ def folded_name(modules: Sequence[str]) -> str:
     )
 
 
-def make_report(calls: Sequence[Call]) -> Report:
-    """The report on what ``calls`` stored."""
+def make_report(calls: Sequence[Call], notes: Sequence[str] = ()) -> Report:
+    """The report on what ``calls`` stored, with ``notes`` on what is missing."""
     rows = [_report_row(call, row) for call in calls for row in call.rows]
     timelines = tuple(call.record.timeline for call in calls if call.record.timeline is not None)
     predictions = {call.record: functools.cache(call.record.predicted_timeline) for call in calls}
@@ -203,6 +206,7 @@ def make_report(calls: Sequence[Call]) -> Report:
         sum(call.record.baseline_nbytes for call in calls),
         timelines,
         _total_noise(calls),
+        tuple(notes),
         _predictions=tuple(predictions[call.record] for call in calls),
     )
 

@@ -63,7 +63,9 @@ def replan(record: GraphRecord) -> None:
     if nbytes <= budget:
         return
     if num_ranks() > 1:
-        log.warning("the calls of a step take %d bytes together, more than memory=%r: ranks keep one plan", nbytes, budget)
+        log.warning(
+            "the calls of a step take %d bytes together, more than memory=%r: ranks keep one plan", nbytes, budget
+        )
         return
     if config.automatic:
         for other in graphs:

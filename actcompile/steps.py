@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ._patterns import unmatched, warn
 from ._torch import Held, held_by, is_fake
 from .plan import Role
 
@@ -76,7 +77,15 @@ def begin() -> None:
     finished = Counter(call.record for call in _calls if call.step == _step)
     for record in finished:
         record.companions = finished
+        _check_patterns(record)
     _step += 1
+
+
+def _check_patterns(record: "GraphRecord") -> None:
+    """Warns of patterns that match no module of any graph with the settings of ``record``, once all are there."""
+    if not record.are_patterns_checked:
+        warn(unmatched(record.config, (call.record.sites for call in _calls if call.record.config == record.config)))
+        record.are_patterns_checked = True
 
 
 def note(record: "GraphRecord", args: Sequence[Any], outputs: Any) -> None:
