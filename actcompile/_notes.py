@@ -35,6 +35,7 @@ def notes_on(
     known = _forgotten if before is None else before
     lines = [_line(reason, count - known.get(reason, 0)) for reason, count in found.items()]
     left_out = [line for line in lines if line]
+    left_out += _read_by_norms(model) if left_out and model is not None else []
     notes = [f"not traced, and not compressed: {line}" for line in left_out]
     if not calls:
         notes = _reasons_for_nothing(model) + notes
@@ -42,6 +43,13 @@ def notes_on(
         config = call.record.config
         notes += _patterns.unmatched(config, (o.record.sites for o in calls if o.record.config == config))
     return list(dict.fromkeys(notes))
+
+
+def _read_by_norms(model: torch.nn.Module) -> list[str]:
+    """Batch normalization without a momentum reads the number of batches so far; no setting lets Dynamo trace that."""
+    kind = torch.nn.modules.batchnorm._BatchNorm
+    names = [name for name, part in model.named_modules() if isinstance(part, kind) and part.momentum is None]
+    return [f"{', '.join(names)}: BatchNorm(momentum=None) reads a number; give it a momentum, as 0.1"] if names else []
 
 
 def _reasons_for_nothing(model: torch.nn.Module | None) -> list[str]:

@@ -327,7 +327,12 @@ def untraced_reasons() -> dict[str, int]:
     """Dynamo's reasons for skipping code, and for breaking graphs, with how often it did so."""
     from torch._dynamo.utils import counters
 
-    return {**counters["unimplemented"], **counters["graph_break"]}
+    reasons = {**counters["unimplemented"], **counters["graph_break"]}
+    # Code is resumed behind each break; those by a user's error, as a guard on data, are not counted with a reason.
+    num_unknown = sum(counters["resumes"].values()) - sum(counters["graph_break"].values())
+    if num_unknown > 0:
+        reasons["Graph break\n  Hint: TORCH_LOGS=graph_breaks says why"] = num_unknown
+    return reasons
 
 
 def own_code(function: FunctionType) -> FunctionType:

@@ -228,7 +228,6 @@ def test_report_of_what_is_no_module(model: object) -> None:
     [
         (lambda: Recurrent(nn.LSTM), "allow_rnn"),
         (lambda: Recurrent(nn.GRU), "allow_rnn"),
-        (Counted, "capture_scalar_outputs"),
         (Unpadded, "capture_dynamic_output_shape_ops"),
     ],
 )
@@ -248,6 +247,24 @@ def test_what_is_not_traced_comes_with_its_remedy(make: Callable[[], nn.Module],
         train(again := make())
     after = actcompile.report(again)
     assert not after.notes and len(after.timelines) == 1
+
+
+def test_norms_without_a_momentum() -> None:
+    """No setting of Dynamo's helps: with the one that it names, the graph breaks without a reason that it counts."""
+    train(model := Counted())
+    first, second = actcompile.report(model).notes
+    assert "Tensor.item()" in first
+    assert second.endswith("norm: BatchNorm(momentum=None) reads a number; give it a momentum, as 0.1")
+    actcompile.reset()
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        train(model := Counted())
+    first, again = actcompile.report(model).notes
+    assert "1x Graph break; TORCH_LOGS=graph_breaks says why" in first and again == second
+    actcompile.reset()
+    model = Counted()
+    model.norm.momentum = 0.1
+    train(model)
+    assert actcompile.report(model).notes == ()
 
 
 def test_layers_beyond_the_recompile_limit_are_named() -> None:
