@@ -131,7 +131,7 @@ class Report:
         return json.dumps({**totals, "notes": self.notes, "rows": rows}, indent=1)
 
     def plot(self, path: str | Path | None = None) -> "Figure":
-        """Draws bits per tensor and the memory timeline of a step; writes it to ``path`` if that is given.
+        """Draws bytes, of all tensors and of each, and the memory timeline of a step; writes it to ``path`` if given.
 
         Raises:
             ImportError: When matplotlib is missing.
