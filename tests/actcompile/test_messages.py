@@ -305,3 +305,20 @@ def test_a_graph_without_breaks_has_no_notes() -> None:
     model = actcompile.transform(GPT(layers=1, width=64, vocabulary=64, tokens=32), **EAGER)
     model(IDS, IDS).backward()
     assert actcompile.report(model).notes == ()
+
+
+def test_caches_of_language_models() -> None:
+    """Keys and values that are returned stay exact; the reason names the remedy, which works."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=64, num_hidden_layers=1, max_position_embeddings=64, **sizes)
+    reports = []
+    for options in ({}, {"use_cache": False}):
+        model = transformers.LlamaForCausalLM(config).train()
+        model.compile(backend="act", options={**EAGER, "min_numel": 0})
+        model(input_ids=IDS, labels=IDS, **options).loss.backward()
+        reports.append(actcompile.report(model))
+    held = [[row for row in report.rows if "use_cache=False" in row.reason] for report in reports]
+    assert [len(rows) for rows in held] == [2, 0]
+    assert all("attn" in row.module and row.action == "keep" for row in held[0])
+    assert reports[1].ratio > reports[0].ratio
