@@ -21,6 +21,7 @@ from torch import fx
 from torch._dynamo import trace_rules
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.source import ConstantSource
+from torch._dynamo.utils import preserve_rng_state
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import CompileContext, TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
@@ -182,7 +183,8 @@ def reentrant_tracing() -> Callable[[], AbstractContextManager[object]]:
     @contextmanager
     def reenter() -> Iterator[None]:
         context.fw_metadata = None
-        with tracing(context):
+        # As Dynamo does, inside of which this is not any more: compilers draw random numbers.
+        with preserve_rng_state(), tracing(context):
             yield
 
     return reenter

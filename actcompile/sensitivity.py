@@ -35,6 +35,7 @@ from ._batch import find_batch
 from ._dropped import GROUP, Dropped, dropped_moments, is_promising, shapes_of
 from ._measure import Rounding, measure
 from ._pruned import PruningNoise
+from ._seeded import SeededInterpreter
 from ._slices import Groups, Layout, Part, SlicedBackward, cut, decode, samples_meet, slice_backward
 from ._sweep import Sweep
 from ._tiles import call_node, find_tilings, ordered, run_graph
@@ -110,7 +111,7 @@ class Probe:
 
         def call(args: list[Any]) -> Any:
             if not self.is_armed:
-                return fx.Interpreter(graph).boxed_run(args)
+                return SeededInterpreter(graph).boxed_run(args)
             return run(graph, args)
 
         call._boxed_call = True  # type: ignore[attr-defined]
