@@ -77,6 +77,7 @@ __all__ = [
     "num_in_memory",
     "own_code",
     "parameters_in_use",
+    "preserve_rng_state",
     "random_settings",
     "reentrant_tracing",
     "traced_inputs",
