@@ -25,7 +25,8 @@ class Config:
             or 8; with ``auto`` their mean, any number from 1 to 8. 32 keeps every tensor's own bits, so that only the
             lossless passes run. Default 4.
         memory: Bytes saved for the backward of one step: int, a string as "6GiB", or a float in (0, 1], the share of
-            what torch.compile saves. Bits are chosen by sensitivities, unless ``auto`` is False.
+            what torch.compile saves. Bits are chosen by sensitivities, unless ``auto`` is False. Where several
+            calls share a graph or a step has several graphs, it holds from the second step on.
         noise: Predicted E|g' - g|^2 / |g|^2 over the trainable parameters: the fewest bytes that reach it.
         auto: Per-tensor bits from sensitivities, measured in the first step, which is interpreted and takes about twice
             the memory of a compiled one where samples meet, as in batch normalization (``profile`` on a small batch
