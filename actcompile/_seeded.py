@@ -95,5 +95,5 @@ class SeededInterpreter(fx.Interpreter):
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls an operator, or what stands here for it."""
-        name = target.name() if isinstance(target, torch._ops.OpOverload) else ""
+        name = target._schema.name if isinstance(target, torch._ops.OpOverload) else ""
         return super().call_function(RANDOM.get(name, target), args, kwargs)

@@ -255,7 +255,7 @@ def held_by(outputs: Any) -> Held | None:
     of them has a backward.
     """
     tensors = (value for value in tree_leaves(outputs) if isinstance(value, torch.Tensor))
-    functions = [value.grad_fn for value in tensors if value.grad_fn is not None]
+    functions: list[Any] = [value.grad_fn for value in tensors if value.grad_fn is not None]
     for function in functions:
         # Outputs that are views of others are made outside of the graph.
         while function is not None and not isinstance(function, torch.autograd.function.BackwardCFunction):
