@@ -14,6 +14,7 @@ from .triton_kernels._topk_sizes import VALUE_BITS
 if TYPE_CHECKING:
     from .config import Config
 
+DEFAULT_VALUE_BITS = 16
 # Back Razor's rule says by itself what is stored.
 _NOT_WITH_SAMPLES = (
     *("rows", "padding"),
@@ -170,6 +171,53 @@ def _check_pruning(config: "Config") -> None:
         )
 
 
+def _check_needs(config: "Config") -> None:
+    """Settings that were given for the sake of another one, which is not there."""
+    if config.pruning == "samples":
+        return
+    if config.profile_every is not None and not config.automatic:
+        raise ConfigError(
+            f"profile_every probes again what auto chose bits by, got profile_every={config.profile_every!r} where "
+            f"nothing chooses bits (auto={config.setting('auto')!r}, bits={config.setting('bits')!r}, "
+            f"plan={config.plan!r}): set auto=True, memory or noise, without a plan, or leave profile_every out"
+        )
+    if config.sparse_value_bits != DEFAULT_VALUE_BITS and config.sparsity is None:
+        raise ConfigError(
+            f"sparse_value_bits are those of values that sparsity leaves, got {config.sparse_value_bits!r} and "
+            "sparsity=None: give sparsity=0.8, or leave sparse_value_bits out"
+        )
+
+
+def without_effect(config: "Config") -> list[str]:
+    """One line for each setting that changes nothing beside the others."""
+    defaults = {f.name: f.default for f in fields(config)}
+    given = {name for name, default in defaults.items() if getattr(config, name, default) != default}
+    found = _without_effect(config, given)
+    return [
+        f"{name} has no effect beside {reason}, got {name}={getattr(config, name)!r}: leave one of them out"
+        for name, reason in found.items()
+    ]
+
+
+def _without_effect(config: "Config", given: set[str]) -> dict[str, str]:
+    """Names of settings -> what takes their effect."""
+    if config.pruning == "samples":
+        return dict.fromkeys(sorted(given & {"group_size", "recompute", "seed"}), "pruning='samples'")
+    found = {}
+    if config.plan is not None:
+        return dict.fromkeys(sorted(given & {"auto", "group_size", "recompute"}), "a plan, which says what is stored")
+    if config.average_bits is None:
+        lossless = f"bits={EXACT_BITS}" if config.level is None else f"level={config.level!r}"
+        found.update(dict.fromkeys(sorted(given & {"noise", "auto"}), f"{lossless}, which leaves nothing to choose"))
+        if not config.lossy:
+            found.update(dict.fromkeys(sorted(given & {"group_size", "seed"}), f"{lossless}, which rounds nothing"))
+    if config.recompute == "full" and (config.memory is None or config.offloads):
+        found["recompute"] = f"memory={config.memory!r} and offload={config.offloads}: it is for memory that is not met"
+    if config.automatic and "sparse_value_bits" in given:
+        found["sparse_value_bits"] = "auto, which chooses among all of them"
+    return found
+
+
 CHECKS = (
     _check_targets,
     _check_bits,
@@ -179,4 +227,5 @@ CHECKS = (
     _check_overrides,
     _check_rows,
     _check_pruning,
+    _check_needs,
 )

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from . import records
+from . import records, steps
 from ._isolated import fresh, reachable_modules, unchanged
-from ._torch import NEEDS_VALUES, fake_mode_for, isolated_compile, random_settings
+from ._notes import notes_on
+from ._torch import NEEDS_VALUES, fake_mode_for, isolated_compile, random_settings, untraced_reasons
 from .backend import act
 from .config import Config
 from .errors import CompileError, ConfigError
@@ -31,17 +32,24 @@ def explain_call(
         ConfigError: When ``model`` is nothing to call.
         CompileError: When the model reads values of tensors, which tracing does not have.
     """
-    return make_report(traced_records(model, lambda: (args, kwargs), [*args, *kwargs.values()], config))
+    before = untraced_reasons()
+    calls = traced_calls(model, lambda: (args, kwargs), [*args, *kwargs.values()], config)
+    return make_report(calls, notes_on(calls, before=before))
 
 
-def traced_records(
+def traced_records(*args: Any, **kwargs: Any) -> list[records.GraphRecord]:
+    """The records of ``traced_calls``, one for each call."""
+    return [call.record for call in traced_calls(*args, **kwargs)]
+
+
+def traced_calls(
     model: torch.nn.Module | Callable[..., Any],
     make_arguments: Callable[[], tuple[Sequence[Any], Mapping[str, Any]]],
     examples: Sequence[Any],
     config: Config,
     loss: Callable[[Any], Any] | None = None,
-) -> list[records.GraphRecord]:
-    """The records of the training graphs of one call, traced on fake tensors.
+) -> list[steps.Call]:
+    """The calls of training graphs that one call of ``model`` makes, traced on fake tensors.
 
     Args:
         model: What is called.
@@ -72,9 +80,10 @@ def traced_records(
         )
     position = get_rng_state()
     try:
-        with records.collected() as made, unchanged(modules), fake_mode_for(tensors), torch.enable_grad():
+        with records.collected(), unchanged(modules), fake_mode_for(tensors), torch.enable_grad():
             args, kwargs = make_arguments()
             isolated_compile(fresh(model, loss), functools.partial(act, options=options))(*args, **kwargs)
+            made = steps.latest()
     except NEEDS_VALUES as error:
         raise CompileError(
             f"a model is traced here without values, got one that reads a tensor's ({error}): train one step with "
@@ -82,7 +91,7 @@ def traced_records(
         ) from error
     finally:
         set_rng_state(position)
-    done = [record for record in made if record.rows]
-    for record in done:
-        record.lowering = config.lowering
+    done = [call for call in made if call.rows]
+    for call in done:
+        call.record.lowering = config.lowering
     return done

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ._config_checks import parse_nbytes
-from ._explain import traced_records
+from ._explain import traced_calls
 from ._isolated import reachable_modules
 from ._torch import mark_dynamic_batch, tree_leaves, tree_map
 from .choices import CODE_BITS
@@ -151,17 +151,15 @@ class _Step:
             return result.requires_grad_(value.requires_grad)
 
         examples = tree_leaves(self._arguments)
-        records = traced_records(
-            self._model, lambda: tree_map(remade, self._arguments), examples, self._config, self._loss
-        )
-        if not records:
+        calls = traced_calls(self._model, lambda: tree_map(remade, self._arguments), examples, self._config, self._loss)
+        if not calls:
             raise ConfigError(
                 "model must save something for a backward, got one without parameters that require gradients, or that "
                 "cannot be compiled: unfreeze what is trained"
             )
         # Parameters of modules that a function reaches by ways of its own.
-        self._lasting |= {id(parameter): parameter for record in records for parameter in record.parameters()}
-        return [record.symbolic_timeline() for record in records]
+        self._lasting |= {id(parameter): parameter for call in calls for parameter in call.parameters()}
+        return [call.record.symbolic_timeline() for call in calls]
 
     def _carries(self, value: torch.Tensor) -> bool:
         """Whether ``value`` is there once per sample."""

@@ -1,12 +1,13 @@
 """The picture of a report: what is stored for every tensor, and the bytes that are alive while a step runs."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 try:
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 except ImportError as error:
     raise ImportError(
         "a report is drawn with matplotlib, which is not installed: pip install actcompile[report]"
@@ -30,12 +31,13 @@ _COLORS = {
     Action.PRUNE: "#F0E442",
     Action.RECOMPUTE: "#009E73",
 }
-_REST, _FORWARD, _BACKWARD, _PEAK = "#CCCCCC", "#0072B2", "#D55E00", "#000000"
+_REST, _FORWARD, _BACKWARD, _PEAK, _EXACT = "#666666", "#0072B2", "#D55E00", "#000000", "#DDDDDD"
 
-_WIDTH, _BAR_HEIGHT, _TIMELINE_HEIGHT, _MARGINS = 10.0, 0.24, 3.2, 1.9
+_WIDTH, _BAR_HEIGHT, _TIMELINE_HEIGHT, _MARGINS = 10.0, 0.28, 3.2, 3.0
 # Tensors below this share of all saved bytes, and those beyond this number of bars, share the last bar.
 _MIN_SHARE = 0.003
 _MAX_BARS = 40
+_LEGEND_COLUMNS = 5
 
 
 class ReportFigure(Figure):
@@ -50,11 +52,13 @@ class ReportFigure(Figure):
 def plot_report(report: Report, path: str | Path | None) -> Figure:
     """Draws ``report``; writes the picture to ``path`` if that is given, in the format of its ending."""
     groups, rest = _by_size(fold_layers([row for row in report.rows if row.counts]))
-    heights = [max(1, len(groups) + bool(rest)) * _BAR_HEIGHT + 0.6, _TIMELINE_HEIGHT]
+    heights = [0.7, max(1, len(groups) + bool(rest)) * _BAR_HEIGHT + 0.4, _TIMELINE_HEIGHT]
     figure = ReportFigure(figsize=(_WIDTH, sum(heights) + _MARGINS), layout="constrained")
-    tensors, memory = figure.subplots(2, 1, height_ratios=heights)
-    _draw_tensors(tensors, groups, rest, report)
+    total, tensors, memory = figure.subplots(3, 1, height_ratios=heights)
+    _draw_total(total, report)
+    _draw_tensors(tensors, groups, rest)
     _draw_memory(memory, report.timelines)
+    _add_legend(figure, {Action(rows[0].action) for rows in groups})
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
@@ -69,42 +73,57 @@ def _by_size(groups: list[list[ReportRow]]) -> tuple[list[list[ReportRow]], list
     return shown, [row for rows, size in zip(groups, sizes, strict=True) if size < limit for row in rows]
 
 
-def _draw_tensors(
-    axes: "Axes", groups: Sequence[Sequence[ReportRow]], rest: Sequence[ReportRow], report: Report
-) -> None:
-    """One bar of bits per element for every tensor, from the first of the forward down."""
+def _draw_total(axes: "Axes", report: Report) -> None:
+    """Bytes of all tensors together, beside those of torch.compile."""
+    names = ["torch.compile", "stored instead"]
+    _bars(axes, names, [report.baseline_nbytes, report.saved_nbytes], ["#999999", "#0072B2"])
+    if report.host_nbytes:
+        axes.barh(1, report.host_nbytes / MIB, 0.72, report.saved_nbytes / MIB, color=_EXACT)
+    labels = [_size(report.baseline_nbytes), _size(report.saved_nbytes)]
+    ends = [report.baseline_nbytes, report.saved_nbytes + report.host_nbytes]
+    if report.host_nbytes:
+        labels[1] += f", and {_size(report.host_nbytes)} in the host's memory"
+    _annotate(axes, labels, ends)
+    axes.set_title(f"Saved for the backward: {report.ratio:.1f}x less than torch.compile", fontsize=10, loc="left")
+
+
+def _draw_tensors(axes: "Axes", groups: Sequence[Sequence[ReportRow]], rest: Sequence[ReportRow]) -> None:
+    """Two bars for every tensor, from the first of the forward down: its own bytes, and in front what is stored."""
     bars = [*groups, rest] if rest else groups
     names = [*map(_name, groups), f"{len(rest)} smaller tensors"][: len(bars)]
     colors = [*(_COLORS[Action(rows[0].action)] for rows in groups), _REST][: len(bars)]
-    bits = [_bits_per_element(rows) for rows in bars]
-    axes.barh(range(len(bars)), bits, height=0.72, color=colors)
-    for position, (rows, width) in enumerate(zip(bars, bits, strict=True)):
-        saved, stored = _size(sum(row.nbytes for row in rows)), _size(_stored_nbytes(rows))
-        label = saved if saved == stored else f"{saved} \N{RIGHTWARDS ARROW} {stored}"
-        if any(row.host_nbytes for row in rows):
-            label += ", host"
-        axes.annotate(label, (width, position), (4, 0), textcoords="offset points", va="center", fontsize=7)
-    axes.set_yticks(range(len(bars)), names)
-    axes.set_ylim(len(bars) - 0.4, -0.6)
-    axes.set_xlim(0, max(bits, default=1) * 1.2)
-    axes.set_xlabel("bits stored per element, scales and zero points included", fontsize=8)
-    axes.set_title(
-        f"Saved for the backward: {_size(report.saved_nbytes)}, {report.ratio:.1f}x less than torch.compile's "
-        f"{_size(report.baseline_nbytes)}",
-        fontsize=10,
-        loc="left",
-    )
-    used = {Action(rows[0].action) for rows in groups}
-    for action in (action for action in _COLORS if action in used):
-        axes.barh(0, 0, color=_COLORS[action], label=str(action))
-    if used:
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(used), fontsize=8, frameon=False)
+    exact, stored = [sum(row.nbytes for row in rows) for rows in bars], [_stored_nbytes(rows) for rows in bars]
+    _bars(axes, names, exact, [_EXACT] * len(bars))
+    _bars(axes, names, stored, colors)
+    labels = []
+    for rows, before, after in zip(bars, exact, stored, strict=True):
+        label = _size(before) if before == after else f"{_size(before)} \N{RIGHTWARDS ARROW} {_size(after)}"
+        labels.append(label + ", host" * any(row.host_nbytes for row in rows))
+    _annotate(axes, labels, exact)
+    axes.set_xlabel("MiB, scales and zero points included", fontsize=8)
+    axes.set_title("Tensor by tensor", fontsize=10, loc="left")
+
+
+def _add_legend(figure: Figure, used: Collection[Action]) -> None:
+    """Above all axes, where the layout makes room for it."""
+    handles = [Patch(color=_EXACT, label="without compression")]
+    handles += [Patch(color=color, label=str(action)) for action, color in _COLORS.items() if action in used]
+    figure.legend(handles=handles, loc="outside upper left", ncols=_LEGEND_COLUMNS, fontsize=8, frameon=False)
+
+
+def _bars(axes: "Axes", names: Sequence[str], sizes: Sequence[int], colors: Sequence[str]) -> None:
+    axes.barh(range(len(sizes)), [nbytes / MIB for nbytes in sizes], height=0.72, color=list(colors))
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
     _strip(axes)
 
 
-def _bits_per_element(rows: Sequence[ReportRow]) -> float:
-    numel = sum(row.nbytes // row.dtype.itemsize for row in rows)
-    return 8 * _stored_nbytes(rows) / max(1, numel)
+def _annotate(axes: "Axes", labels: Sequence[str], ends: Sequence[int]) -> None:
+    """Writes each label behind the end of its bar, and leaves room for them."""
+    for position, (label, nbytes) in enumerate(zip(labels, ends, strict=True)):
+        place = (nbytes / MIB, position)
+        axes.annotate(label, place, (4, 0), textcoords="offset points", va="center", fontsize=7)
+    axes.set_xlim(0, max(ends, default=0) / MIB * 1.25 or 1)
 
 
 def _stored_nbytes(rows: Sequence[ReportRow]) -> int:

@@ -5,6 +5,7 @@ import functools
 import inspect
 import re
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import FunctionType
@@ -21,6 +22,7 @@ from torch import fx
 from torch._dynamo import trace_rules
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.source import ConstantSource
+from torch._dynamo.utils import preserve_rng_state
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import CompileContext, TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
@@ -41,6 +43,8 @@ from .errors import CompileError, ConfigError
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
+# Says whether a forward's saved tensors are still there.
+Held = Callable[[], bool]
 # Makes a function, of a list that it empties, of a graph and whether it is the backward.
 Interpret = Callable[[fx.GraphModule, bool], Callable[[list[Any]], Any]]
 
@@ -48,6 +52,7 @@ __all__ = [
     "NEEDS_VALUES",
     "TRAINING_SETTINGS",
     "CustomPartitionerFn",
+    "Held",
     "HigherOrderOperator",
     "Interpret",
     "add_scalar_input",
@@ -63,10 +68,12 @@ __all__ = [
     "get_hash_for_files",
     "hands_on",
     "has_saved_tensor_hooks",
+    "held_by",
     "interpret_plainly",
     "is_fake",
     "is_made_inside",
     "is_part_of_model",
+    "is_skipped_at_the_top",
     "isolated_compile",
     "mark_dynamic_batch",
     "memory_of",
@@ -74,11 +81,14 @@ __all__ = [
     "mode_options",
     "num_in_memory",
     "own_code",
+    "parameters_in_use",
+    "preserve_rng_state",
     "random_settings",
     "reentrant_tracing",
     "traced_inputs",
     "tree_leaves",
     "tree_map",
+    "untraced_reasons",
     "unwrapped",
 ]
 
@@ -253,7 +263,8 @@ def reentrant_tracing() -> Callable[[], AbstractContextManager[object]]:
     @contextmanager
     def reenter() -> Iterator[None]:
         context.fw_metadata = None
-        with tracing(context):
+        # As Dynamo does, inside of which this is not any more: compilers draw random numbers.
+        with preserve_rng_state(), tracing(context):
             yield
 
     return reenter
@@ -318,6 +329,46 @@ def has_saved_tensor_hooks() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
+def held_by(outputs: Any) -> Held | None:
+    """Whether what was saved for the backward of ``outputs`` is still there, whenever that is asked; None where nothing
+    of them has a backward.
+    """
+    tensors = (value for value in tree_leaves(outputs) if isinstance(value, torch.Tensor))
+    functions: list[Any] = [value.grad_fn for value in tensors if value.grad_fn is not None]
+    for function in functions:
+        # Outputs that are views of others are made outside of the graph.
+        while function is not None and not isinstance(function, torch.autograd.function.BackwardCFunction):
+            function = function.next_functions[0][0] if function.next_functions else None
+        if function is not None:
+            return functools.partial(_has_saved, weakref.ref(function))
+    return _until_backward(functions[0]) if functions else None
+
+
+def _has_saved(reference: "weakref.ref[Any]") -> bool:
+    function = reference()
+    try:
+        return function is not None and function._raw_saved_tensors is not None
+    # It says so where a backward has freed them.
+    except RuntimeError:
+        return False
+
+
+def _until_backward(function: Any) -> Held:
+    """Whether ``function``, one of torch's own, is still there and has not run."""
+    token = _Token()
+    # What a function of C++ lives by cannot be seen from here, but its hooks live as long.
+    function.register_prehook(token.mark)
+    reference = weakref.ref(token)
+    return lambda: (alive := reference()) is not None and not alive.has_run
+
+
+class _Token:
+    has_run = False
+
+    def mark(self, gradients: Any) -> None:
+        self.has_run = True
+
+
 def is_fake(value: object) -> bool:
     """Whether ``value`` is a tensor without data."""
     return isinstance(value, FakeTensor)
@@ -340,6 +391,32 @@ def is_part_of_model() -> bool:
     return DistributedDataParallel._get_active_ddp_module() is not None  # type: ignore[no-untyped-call]
 
 
+def parameters_in_use(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """The parameters of ``module``, and those that forwards see in their place where FSDP2 has sharded them."""
+    yield from module.parameters()
+    for part in module.modules():
+        # A method of FSDP's modules alone; several groups of parameters since 2.13.
+        find_state = getattr(part, "_get_fsdp_state", None)
+        state = find_state() if find_state is not None else None
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        for sharded in (one for group in groups if group is not None for one in group.fsdp_params):
+            whole = getattr(sharded, "_unsharded_param", None)
+            if whole is not None:
+                yield whole
+
+
+def untraced_reasons() -> dict[str, int]:
+    """Dynamo's reasons for skipping code, and for breaking graphs, with how often it did so."""
+    from torch._dynamo.utils import counters
+
+    reasons = {**counters["unimplemented"], **counters["graph_break"]}
+    # Code is resumed behind each break; those by a user's error, as a guard on data, are not counted with a reason.
+    num_unknown = sum(counters["resumes"].values()) - sum(counters["graph_break"].values())
+    if num_unknown > 0:
+        reasons["Graph break\n  Hint: TORCH_LOGS=graph_breaks says why"] = num_unknown
+    return reasons
+
+
 def own_code(function: FunctionType) -> FunctionType:
     """``function`` with a code object of its own: Dynamo keeps there what it compiled, and counts how often."""
     return FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
@@ -355,6 +432,12 @@ def compile_in_place(module: torch.nn.Module, **options: Any) -> None:
         return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     module._compiled_call_impl = torch.compile(own_code(call), **options)  # type: ignore[arg-type]
+
+
+def is_skipped_at_the_top(module: torch.nn.Module) -> bool:
+    """Whether ``module`` was compiled in place to no effect, being one of torch's own."""
+    compiled = getattr(module._compiled_call_impl, "__wrapped__", None)
+    return inspect.ismethod(compiled) and bool(trace_rules.check(module.forward))
 
 
 def current_frame() -> int | None:

@@ -29,6 +29,11 @@ from .plan import Recomputation, Role, SavedTensor
 
 aten = torch.ops.aten
 
+# Of a language model the keys and values of all layers are among them, unless it is told not to return its cache.
+RETURNED = (
+    "the caller holds it: it is an output of the graph; return it no more (caches: use_cache=False) to compress it"
+)
+
 # dtypes that the codecs take.
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 INTEGERS = frozenset({torch.int64, torch.int32, torch.int16})
@@ -160,7 +165,7 @@ def _obstacle(slot: Slot, role: Role, is_returned: bool, is_weight: bool, is_cop
     if role in (Role.PARAMETER, Role.BUFFER, Role.INPUT, Role.PADDING, Role.SEED):
         return f"the {role} is there anyway"
     if is_returned:
-        return "the caller holds it: it is an output of the graph"
+        return RETURNED
     if _is_written_back(slot):
         return "the backward writes it"
     if free_unbacked_symbols(value):

@@ -1,5 +1,6 @@
 """The functions that users call."""
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -48,15 +49,51 @@ def make_config(config: Config | None, settings: dict[str, Any]) -> Config:
     return config
 
 
+def check_arguments(function: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuses settings among the arguments of a model that does not take them.
+
+    Raises:
+        ConfigError: Naming them.
+    """
+    settings = [name for name in kwargs if name in Config.names()]
+    if not settings or not callable(model):
+        return
+    call = model.forward if isinstance(model, torch.nn.Module) else model
+    try:
+        inspect.signature(call).bind(*args, **kwargs)
+    except TypeError:
+        given = ", ".join(f"{name}={kwargs[name]!r}" for name in settings)
+        raise ConfigError(
+            f"{function} hands keyword arguments to the model, got {given}, which the model does not take: give "
+            f"settings as config=actcompile.Config({given})"
+        ) from None
+    # Of functions without a signature nothing is known.
+    except ValueError:
+        return
+
+
 def report(model: torch.nn.Module | None = None) -> "Report":
-    """What the training graphs of ``model`` save and store, after its first step; of all models when left out."""
-    from . import records
+    """What the training graphs of ``model`` save and store, in its latest step; of all models when left out.
+
+    Where a step traced nothing, or not all, the report says why (``Report.notes``).
+
+    Args:
+        model: A module, compiled as it is or inside of one that is.
+
+    Raises:
+        ConfigError: When ``model`` is no module.
+    """
+    if model is not None and not isinstance(model, torch.nn.Module):
+        raise ConfigError(
+            f"model must be a torch.nn.Module, got {model!r}: give the module, or nothing for all graphs of the process"
+        )
+    from . import steps
+    from ._notes import notes_on
+    from ._torch import parameters_in_use
     from .reporting import make_report
 
-    known = records.finished()
-    if model is not None:
-        known = [record for record in known if record.belongs_to(model.parameters())]
-    return make_report(known)
+    calls = steps.latest(None if model is None else parameters_in_use(model))
+    return make_report(calls, notes_on(calls, model))
 
 
 def explain(
@@ -77,7 +114,9 @@ def explain(
     """
     from ._explain import explain_call
 
-    return explain_call(model, args, kwargs, make_config(config, {}))
+    config = make_config(config, {})
+    check_arguments("explain", model, args, kwargs)
+    return explain_call(model, args, kwargs, config)
 
 
 def max_batch_size(
@@ -124,6 +163,7 @@ def max_batch_size(
     from ._max_batch import max_batch_call
 
     config = make_config(config, {})
+    check_arguments("max_batch_size", model, args, kwargs)
     return max_batch_call(model, args, kwargs, memory=memory, config=config, loss=loss, extra=extra)
 
 
@@ -151,12 +191,15 @@ def profile(
     """
     from ._profile import profile_call
 
-    return profile_call(model, args, kwargs, loss, make_config(config, {}))
+    config = make_config(config, {})
+    check_arguments("profile", model, args, kwargs)
+    return profile_call(model, args, kwargs, loss, config)
 
 
 def reset() -> None:
     """Forgets plans, reports and compiled graphs."""
-    from . import records
+    from . import _notes, records
 
     records.clear()
+    _notes.forget()
     torch._dynamo.reset()

@@ -20,7 +20,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import records
+from . import records, steps
+from ._config_checks import without_effect
+from ._inductor_options import check_inductor, without_effect_beside
+from ._patterns import warn
 from ._torch import (
     CustomPartitionerFn,
     Interpret,
@@ -58,7 +61,7 @@ from .planner import make_plan
 from .rng import next_seed
 from .sample_pruning import prune_by_samples
 from .sensitivity import Probe
-from .solving import found_plan, solved_again
+from .solving import found_plan, replan, solved_again, solved_plan
 
 log = logging.getLogger(__name__)
 
@@ -93,10 +96,10 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[C
     """The settings of this package and those of Inductor."""
     given = dict(options or {})
     mode, inductor = given.pop("mode", mode), given.pop("inductor", {})
-    if not isinstance(inductor, dict):
-        raise ConfigError(f"inductor must be a dict of Inductor's settings, got {inductor!r}")
+    check_inductor(inductor)
     ready = given.pop("config", None)
     config = ready if isinstance(ready, Config) and not given else Config.from_options(given)
+    warn([*without_effect(config), *without_effect_beside(config.lowering, mode, inductor)])
     return config.resolved(), {**mode_options(mode), **inductor}
 
 
@@ -111,6 +114,7 @@ def compile_graph(
     if interpret is None and device.type == "cpu":
         check_cpp_compiler()
     if not torch.is_grad_enabled() or not any(_requires_grad(value) for value in inputs):
+        records.note_inference()
         return compile_pair(graph, inputs, partitioner=None, interpret=interpret, settings=settings)
     roles = [
         input_role(node, value, config.padding)
@@ -134,7 +138,13 @@ def compile_graph(
         partitioner = Partitioner(config, roles, record, plan, interpret is None, is_part)
         return compile_pair(copied(seeded), values, partitioner=partitioner, interpret=interpret, settings=settings)
 
-    compiled = Probed(record, compile_with, interpret) if config.automatic else compile_with(None, interpret)
+    compiled: Callable[..., Any]
+    if config.automatic:
+        compiled = Probed(record, compile_with, interpret)
+    elif isinstance(config.memory, int | str):
+        compiled = Uniform(record, compile_with, interpret)
+    else:
+        compiled = compile_with(None, interpret)
 
     def run(*args: Any) -> Any:
         record.see_parameters(args)
@@ -143,11 +153,41 @@ def compile_graph(
         seed = (
             next_seed(config.seed, device) if traced is None else traced.new_zeros((), dtype=torch.int64, device=device)
         )
-        results = compiled(*args, seed)
-        record.see_crossing(args, results)
-        return results
+        steps.begin()
+        outputs = compiled(*args, seed)
+        steps.note(record, args, outputs)
+        return outputs
 
     return run
+
+
+class Uniform:
+    """A graph that is compiled at once; and again where the calls of a step take more than ``memory`` together, as is
+    known once the first step is complete.
+    """
+
+    def __init__(
+        self,
+        record: records.GraphRecord,
+        compile_with: Callable[[Plan | None, Interpret | None], Callable[..., Any]],
+        interpret: Interpret | None,
+    ) -> None:
+        self._record = record
+        self._reenter = reentrant_tracing()
+        self._compile: Callable[[Plan], Callable[..., Any]] = lambda plan: compile_with(plan, interpret)
+        self._compiled = compile_with(None, interpret)
+        self._plan, self._companions = record.solved, record.companions
+
+    def __call__(self, *args: Any) -> Any:
+        if self._record.companions != self._companions:
+            self._companions = self._record.companions
+            replan(self._record)
+        if self._record.solved is not self._plan:
+            self._plan = self._record.solved
+            assert self._plan is not None
+            with self._reenter():
+                self._compiled = self._compile(self._plan)
+        return self._compiled(*args)
 
 
 class Probed:
@@ -176,10 +216,16 @@ class Probed:
         self._plan = Plan()
         self._is_probing = True
         self._num_steps = 0
+        self._companions = record.companions
 
     def __call__(self, *args: Any) -> Any:
+        if self._compiled is not None and self._record.companions != self._companions:
+            self._companions = self._record.companions
+            replan(self._record)
         if self._is_probing:
             self._finish_probing()
+        elif self._record.solved is None and self._record.own_profile is not None:
+            self._follow(solved_plan(self._record))
         elif self._num_steps == self._record.config.profile_every:
             self._probe.arm()
             self._is_probing = True
@@ -199,10 +245,13 @@ class Probed:
         else:
             plan = solved_again(self._record, self._plan, self._num_steps)
         if plan is not None:
-            with self._reenter():
-                self._compiled = self._compile(plan)
-            self._plan = plan
+            self._follow(plan)
         self._is_probing, self._num_steps = False, 0
+
+    def _follow(self, plan: Plan) -> None:
+        with self._reenter():
+            self._compiled = self._compile(plan)
+        self._plan, self._companions = plan, self._record.companions
 
 
 class Partitioner(CustomPartitionerFn):  # type: ignore[misc]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ._config_checks import CHECKS, check_level
+from ._inductor_options import instead_of
 from .choices import AUTO_PRUNINGS, CODE_BITS, DEFAULT_BITS, DEFAULT_MIN_NUMEL, EXACT_BITS, LEVELS, SPARSE_BLOCK
 from .errors import ConfigError
 from .plan import Action, Plan, Pruning
@@ -24,7 +25,8 @@ class Config:
             or 8; with ``auto`` their mean, any number from 1 to 8. 32 keeps every tensor's own bits, so that only the
             lossless passes run. Default 4.
         memory: Bytes saved for the backward of one step: int, a string as "6GiB", or a float in (0, 1], the share of
-            what torch.compile saves. Bits are chosen by sensitivities, unless ``auto`` is False.
+            what torch.compile saves. Bits are chosen by sensitivities, unless ``auto`` is False. Where several
+            calls share a graph or a step has several graphs, it holds from the second step on.
         noise: Predicted E|g' - g|^2 / |g|^2 over the trainable parameters: the fewest bytes that reach it.
         auto: Per-tensor bits from sensitivities, measured in the first step, which is interpreted and takes about twice
             the memory of a compiled one where samples meet, as in batch normalization (``profile`` on a small batch
@@ -124,17 +126,22 @@ class Config:
         Raises:
             ConfigError: For a key that is no field.
         """
-        known = [f.name for f in fields(cls) if f.init]
+        known = cls.names()
         for name in options:
             if name not in known:
+                remedy = instead_of(name, options[name]) or f"use one of {', '.join(known)}"
                 raise ConfigError(
-                    f"options must be fields of actcompile.Config, mode or inductor, got {name!r}: use one of "
-                    f"{', '.join(known)}"
+                    f"options must be fields of actcompile.Config, mode or inductor, got {name!r}: {remedy}"
                 )
         values: dict[str, Any] = dict(options)
         if isinstance(values.get("skip"), list):
             values["skip"] = tuple(values["skip"])
         return cls(**values)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Names of the settings."""
+        return [f.name for f in fields(cls) if f.init]
 
     def setting(self, name: str) -> Any:
         """A field's value where it was given, else the level's, else None."""

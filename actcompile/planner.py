@@ -18,7 +18,7 @@ from .decisions import (
     ways_to_store,
 )
 from .errors import ConfigError
-from .overflow import counted_nbytes, with_offloaded, with_recomputed
+from .overflow import counted_nbytes, step_nbytes, with_offloaded, with_recomputed
 from .plan import Action, Decision, Plan, Profile, SavedTensor
 
 __all__ = ["ProbedGraph", "counted_nbytes", "host_nbytes", "make_plan", "predicted_noise", "solve", "stored_nbytes"]
@@ -33,11 +33,14 @@ _CAUTION = 2.0
 
 @dataclass(frozen=True)
 class ProbedGraph:
-    """The rows of one graph with their sensitivities, and the plan that it ran with while these were found."""
+    """The rows of one graph with their sensitivities, the plan that it ran with while these were found, and how often a
+    step calls it: blocks of one class share a graph.
+    """
 
     rows: Sequence[SavedTensor]
     profile: Profile
     plan: Plan = field(default_factory=Plan)
+    num_calls: int = 1
 
 
 def make_plan(rows: Sequence[SavedTensor], config: Config, budget_nbytes: float | None = None) -> Plan:
@@ -54,19 +57,32 @@ def make_plan(rows: Sequence[SavedTensor], config: Config, budget_nbytes: float 
             bits = max(bits, _PROBED_BITS)
         uniform = _uniform(rows, config, bits)
         return with_offloaded([rows], [uniform])[0] if config.offloads and not config.automatic else uniform
+    return uniform_within([rows], [1], config, budget_nbytes)[0]
+
+
+def uniform_within(
+    graphs: Sequence[Sequence[SavedTensor]], num_calls: Sequence[int], config: Config, budget_nbytes: float
+) -> list[Plan]:
+    """One plan per graph, all with the same bits: as many as ``budget_nbytes`` allow where a step calls each graph
+    ``num_calls`` times.
+
+    Raises:
+        ConfigError: When the least takes too much memory.
+    """
     widths: list[int | None] = [None] if config.code_bits is None else [None, *reversed(CODE_BITS)]
     # What is to be probed must be rounded, where exact tensors would fit too.
     widths = widths[1:] if config.automatic else widths
     for position, bits in enumerate(widths):
-        plan = _uniform(rows, config, bits)
+        plans = [_uniform(rows, config, bits) for rows in graphs]
         if position >= widths.index(config.code_bits):
             if config.offloads:
-                (plan,) = with_offloaded([rows], [plan], budget_nbytes)
+                plans = with_offloaded(graphs, plans, budget_nbytes, num_calls)
             elif config.recompute == "full":
-                plan = with_recomputed(rows, plan, config, budget_nbytes)
-        if counted_nbytes(rows, plan) <= budget_nbytes:
-            return plan
-    raise _infeasible(config, counted_nbytes(rows, plan))
+                plans = with_recomputed(graphs, plans, config, budget_nbytes, num_calls)
+        nbytes = step_nbytes(graphs, plans, num_calls)
+        if nbytes <= budget_nbytes:
+            return plans
+    raise _infeasible(config, nbytes)
 
 
 def solve(graphs: Sequence[ProbedGraph], config: Config, budget_nbytes: float | None = None) -> list[Plan]:
@@ -81,9 +97,10 @@ def solve(graphs: Sequence[ProbedGraph], config: Config, budget_nbytes: float | 
     """
     choice = _Choice.among(graphs, config)
     rows, mean_bits = [graph.rows for graph in graphs], config.average_bits
+    num_calls = [graph.num_calls for graph in graphs]
     assert mean_bits is not None
     if config.noise is not None:
-        noise = config.noise * sum(graph.profile.gradient_square for graph in graphs)
+        noise = config.noise * sum(graph.num_calls * graph.profile.gradient_square for graph in graphs)
         plans = choice.plans(fewest_nbytes(choice.options, noise - choice.fixed_noise))
         return with_offloaded(rows, plans) if config.offloads else plans
     if budget_nbytes is None:
@@ -93,8 +110,8 @@ def solve(graphs: Sequence[ProbedGraph], config: Config, budget_nbytes: float | 
     if not config.offloads:
         return choice.within(room)
     for bits in (mean_bits, *(bits for bits in reversed(CODE_BITS) if bits < mean_bits)):
-        plans = with_offloaded(rows, choice.within(max(room, choice.nbytes_at(bits))), budget_nbytes)
-        nbytes = sum(map(counted_nbytes, rows, plans))
+        plans = with_offloaded(rows, choice.within(max(room, choice.nbytes_at(bits))), budget_nbytes, num_calls)
+        nbytes = step_nbytes(rows, plans, num_calls)
         if nbytes <= budget_nbytes:
             return plans
     raise _infeasible(config, nbytes)
@@ -107,8 +124,9 @@ def predicted_noise(rows: Sequence[SavedTensor], plan: Plan, profile: Profile) -
 
 @dataclass(frozen=True)
 class _Choice:
-    """The rows of all graphs that can be quantized: for each its graph, and the ways to store it with their price.
-    ``given`` are the plans for all others, ``overridden`` those of them with bits that are set already.
+    """The rows of all graphs that can be quantized: for each its graph, and the ways to store it with their price, that
+    of all calls of a step. ``given`` are the plans for all others, ``overridden`` those of them with bits that are set
+    already, ``num_calls`` how often a step calls each graph.
     """
 
     config: Config
@@ -116,7 +134,8 @@ class _Choice:
     chosen: list[tuple[int, SavedTensor]]
     ways: list[list[Decision]]
     options: list[list[Option]]
-    overridden: list[tuple[SavedTensor, Decision]]
+    overridden: list[tuple[int, SavedTensor]]
+    num_calls: list[int]
     fixed_nbytes: int
     fixed_noise: float
 
@@ -137,34 +156,48 @@ class _Choice:
             if plans[index][row.key].action is Action.KEEP and row.key in graphs[index].profile.sensitivities
         ]
         overridden = [(index, row) for index, row in codes if plans[index][row.key].action is Action.QUANTIZE]
+        num_calls = [graph.num_calls for graph in graphs]
         ways = [
             [w for w in ways_to_store(row, config) if math.isfinite(noise_of(row, w, graphs[index].profile))]
             for index, row in chosen
         ]
         options = [
-            [Option(stored_nbytes(row, way), _cautious_noise(row, way, graphs[index].profile)) for way in row_ways]
+            [
+                Option(
+                    num_calls[index] * stored_nbytes(row, way),
+                    num_calls[index] * _cautious_noise(row, way, graphs[index].profile),
+                )
+                for way in row_ways
+            ]
             for (index, row), row_ways in zip(chosen, ways, strict=True)
         ]
-        exact = sum(counted_nbytes(graph.rows, plan) for graph, plan in zip(graphs, plans, strict=True))
+        exact = step_nbytes([graph.rows for graph in graphs], plans, num_calls)
         return cls(
             config,
             plans,
             chosen,
             ways,
             options,
-            overridden=[(row, plans[index][row.key]) for index, row in overridden],
-            fixed_nbytes=exact - sum(row.nbytes for _, row in chosen),
-            fixed_noise=sum(noise_of(row, plans[i][row.key], graphs[i].profile) for i, row in overridden),
+            overridden=overridden,
+            num_calls=num_calls,
+            fixed_nbytes=exact - sum(num_calls[index] * row.nbytes for index, row in chosen),
+            fixed_noise=sum(
+                num_calls[i] * noise_of(row, plans[i][row.key], graphs[i].profile) for i, row in overridden
+            ),
         )
 
     def nbytes_at(self, bits: float) -> float:
         """Bytes of all rows at codes of ``bits``."""
-        return sum(nbytes_at(row, bits, self.config.group_size) for _, row in self.chosen)
+        size = self.config.group_size
+        return sum(self.num_calls[index] * nbytes_at(row, bits, size) for index, row in self.chosen)
 
     def left_by_overrides(self, bits: float) -> float:
         """Bytes that rows with bits of their own leave of ``bits`` per element; negative where they take more."""
         size = self.config.group_size
-        return sum(nbytes_at(row, bits, size) - stored_nbytes(row, own) for row, own in self.overridden)
+        return sum(
+            self.num_calls[index] * (nbytes_at(row, bits, size) - stored_nbytes(row, self.given[index][row.key]))
+            for index, row in self.overridden
+        )
 
     def within(self, nbytes: float) -> list[Plan]:
         """The plans of the least noise.

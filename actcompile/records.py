@@ -1,15 +1,16 @@
 """What is remembered about the graphs of this process, for reports."""
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from . import steps
 from ._config_checks import parse_nbytes
-from ._torch import current_frame, is_fake, memory_of
+from ._torch import current_frame, is_fake
 from .config import Config
 from .memory import CompiledStep, SymbolicTimeline, Timeline, step_timeline
 from .passes.crossing import Crossing
@@ -18,6 +19,8 @@ from .planner import counted_nbytes, stored_nbytes
 from .sensitivity import Probe
 
 _records: list["GraphRecord"] = []
+# Graphs that were compiled without a backward since ``clear``.
+num_without_backward = 0
 
 
 class GraphRecord:
@@ -47,11 +50,18 @@ class GraphRecord:
         self.roles = roles
         # Of each tensor among the inputs, its role and whether it needs a gradient; sizes come and go.
         self.need_gradients: tuple[tuple[Role, bool], ...] = ()
-        # Rows whose tensors cross to or from other graphs of the same call, and the memory in which they do.
+        # Rows whose tensors cross to or from other graphs of the same call.
         self.crossings: dict[str, Crossing] = {}
-        self.crossing_memory: dict[Crossing, object] = {}
         self._parameters: list[weakref.ref[torch.Tensor]] | None = None
         self._are_fake = False
+        # How often each graph was called in the latest complete step that called this one.
+        self.companions: steps.Companions = {}
+        self.are_patterns_checked = False
+
+    @property
+    def num_calls(self) -> int:
+        """How often a step calls the graph."""
+        return self.companions.get(self, 1)
 
     @property
     def own_profile(self) -> Profile | None:
@@ -112,25 +122,9 @@ class GraphRecord:
             self._parameters = [weakref.ref(value) for role, value in pairs if role is Role.PARAMETER]
             self._are_fake = are_fake
 
-    def see_crossing(self, args: Sequence[Any], results: Sequence[Any]) -> None:
-        """Remembers, at the first step, the memory of what may cross to or from other graphs."""
-        if self.crossing_memory or any(is_fake(value) for value in args):
-            return
-        inputs = {("in", i): args[i] for i, role in enumerate(self.roles) if role is Role.BOUNDARY}
-        outputs = {("out", i): value for i, value in enumerate(results)}
-        self.crossing_memory = {
-            place: memory_of(value) for place, value in (inputs | outputs).items() if isinstance(value, torch.Tensor)
-        }
-
-    def parameters(self) -> list[torch.Tensor]:
-        """The parameters that the graph was called with and that are still there."""
-        known = (reference() for reference in self._parameters or ())
-        return [parameter for parameter in known if parameter is not None]
-
-    def belongs_to(self, parameters: Iterable[torch.Tensor]) -> bool:
-        """Whether the graph was called with one of ``parameters``."""
-        known = {id(parameter) for parameter in parameters}
-        return any(id(parameter) in known for parameter in self.parameters())
+    def is_same_code(self, other: "GraphRecord") -> bool:
+        """Whether both are of the same code, perhaps compiled for other sizes."""
+        return self is other or (self._frame is not None and self._frame == other._frame)
 
     def replaces(self, earlier: "GraphRecord") -> bool:
         """Whether ``earlier`` is the same code of the same model, compiled for other sizes."""
@@ -155,15 +149,21 @@ def add(config: Config, roles: Sequence[Role], sites: tuple[str, ...], settings:
     return record
 
 
+def note_inference() -> None:
+    """Remembers that a graph was compiled that needs no gradient."""
+    global num_without_backward
+    num_without_backward += 1
+
+
 def of_settings(config: Config) -> list[GraphRecord]:
     """Records of graphs with these settings, oldest first."""
     return [record for record in _records if record.config == config]
 
 
 def finished() -> list[GraphRecord]:
-    """Records of graphs whose partition is done, oldest first; of code that was compiled again, the latest."""
-    done = [record for record in _records if record.rows]
-    return [record for i, record in enumerate(done) if not any(later.replaces(record) for later in done[i + 1 :])]
+    """Records of graphs in use whose partition is done, oldest first."""
+    used = {call.record for call in steps.latest()}
+    return [record for record in _records if record.rows and record in used]
 
 
 @contextmanager
@@ -172,11 +172,15 @@ def collected() -> Iterator[list[GraphRecord]]:
     global _records
     kept, _records = _records, []
     try:
-        yield _records
+        with steps.isolated():
+            yield _records
     finally:
         _records = kept
 
 
 def clear() -> None:
     """Forgets all records."""
+    global num_without_backward
     _records.clear()
+    num_without_backward = 0
+    steps.clear()

@@ -18,7 +18,7 @@ from .decisions import noise_of
 from .memory import Timeline, step_peak
 from .plan import Action, Decision, Role, SavedTensor
 from .planner import host_nbytes, predicted_noise, stored_nbytes
-from .records import GraphRecord
+from .steps import Call
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,16 +66,18 @@ class ReportRow:
 
 @dataclass(frozen=True)
 class Report:
-    """The saved tensors of one or more graphs.
+    """The saved tensors of a step: one row for each that a call of a graph saved.
 
     ``baseline_nbytes`` is what ``torch.compile`` saves for the same graphs. Totals leave out parameters and the
-    caller's inputs on both sides.
+    caller's inputs on both sides. ``notes`` says what is missing, and why: code that Dynamo did not trace stores what
+    it stores without compilation, and is in none of these bytes; settings that have no effect.
     """
 
     rows: tuple[ReportRow, ...]
     baseline_nbytes: int
     timelines: tuple[Timeline, ...] = ()
     predicted_noise: float | None = None
+    notes: tuple[str, ...] = ()
     _predictions: tuple[Callable[[], Timeline | None], ...] = field(default=(), repr=False, compare=False)
 
     @property
@@ -109,13 +111,14 @@ class Report:
 
     def __str__(self) -> str:
         if not self.rows:
-            return "No training graph has been compiled yet: run a step first."
-        return f"{tabulate(self._cells(), _COLUMNS, disable_numparse=True)}\n{self._total()}"
+            return "\n".join(self.notes) or "No training graph has been compiled yet: run a step first."
+        return "\n".join([tabulate(self._cells(), _COLUMNS, disable_numparse=True), self._total(), *self.notes])
 
     def _repr_html_(self) -> str:
         if not self.rows:
-            return f"<p>{html.escape(str(self))}</p>"
-        return f"{tabulate(self._cells(), _COLUMNS, tablefmt='html', disable_numparse=True)}<p>{self._total()}</p>"
+            return "".join(f"<p>{html.escape(line)}</p>" for line in str(self).splitlines())
+        lines = "".join(f"<p>{html.escape(line)}</p>" for line in (self._total(), *self.notes))
+        return f"{tabulate(self._cells(), _COLUMNS, tablefmt='html', disable_numparse=True)}{lines}"
 
     def to_json(self) -> str:
         """All rows and totals as a JSON document."""
@@ -125,10 +128,10 @@ class Report:
         if math.isinf(self.ratio):
             # JSON has no infinity.
             totals["ratio"] = None
-        return json.dumps({**totals, "rows": rows}, indent=1)
+        return json.dumps({**totals, "notes": self.notes, "rows": rows}, indent=1)
 
     def plot(self, path: str | Path | None = None) -> "Figure":
-        """Draws bits per tensor and the memory timeline of a step; writes it to ``path`` if that is given.
+        """Draws bytes, of all tensors and of each, and the memory timeline of a step; writes it to ``path`` if given.
 
         Raises:
             ImportError: When matplotlib is missing.
@@ -193,17 +196,19 @@ def folded_name(modules: Sequence[str]) -> str:
     )
 
 
-def make_report(records: Sequence[GraphRecord]) -> Report:
-    """The report on ``records``."""
+def make_report(calls: Sequence[Call], notes: Sequence[str] = ()) -> Report:
+    """The report on what ``calls`` stored, with ``notes`` on what is missing."""
     known = _Once()
-    rows = [_report_row(record, row, known.has_stored(record, row)) for record in records for row in record.rows]
-    timelines = tuple(record.timeline for record in records if record.timeline is not None)
+    rows = [_report_row(call, row, known.has_stored(call, row)) for call in calls for row in call.rows]
+    timelines = tuple(call.record.timeline for call in calls if call.record.timeline is not None)
+    predictions = {call.record: functools.cache(call.record.predicted_timeline) for call in calls}
     return Report(
         tuple(rows),
-        sum(map(known.baseline_nbytes, records)),
+        sum(map(known.baseline_nbytes, calls)),
         timelines,
-        _total_noise(records),
-        _predictions=tuple(functools.cache(record.predicted_timeline) for record in records),
+        _total_noise(calls),
+        tuple(notes),
+        _predictions=tuple(predictions[call.record] for call in calls),
     )
 
 
@@ -214,29 +219,29 @@ class _Once:
         self._stored: set[object] = set()
         self._baseline: set[object] = set()
 
-    def has_stored(self, record: GraphRecord, row: SavedTensor) -> bool:
-        """Whether a graph before stores the tensor of ``row`` as it is, and so does ``record``."""
-        memory = record.crossing_memory.get(record.crossings.get(row.key, ("", 0)))
-        decision = record.plan[row.key]
+    def has_stored(self, call: Call, row: SavedTensor) -> bool:
+        """Whether a graph before stores the tensor of ``row`` as it is, and so does ``call``."""
+        memory = call.crossing_memory.get(call.record.crossings.get(row.key, ("", 0)))
+        decision = call.plan[row.key]
         if memory is None or decision.action is not Action.KEEP or decision.offload:
             return False
         is_known = memory in self._stored
         self._stored.add(memory)
         return is_known
 
-    def baseline_nbytes(self, record: GraphRecord) -> int:
-        """Bytes that torch.compile saves for ``record`` and for no graph before."""
+    def baseline_nbytes(self, call: Call) -> int:
+        """Bytes that torch.compile saves for ``call`` and for no graph before."""
         total = 0
-        for place, nbytes in record.count_baseline().items():
-            memory = None if place is None else record.crossing_memory.get(place)
+        for place, nbytes in call.record.count_baseline().items():
+            memory = None if place is None else call.crossing_memory.get(place)
             total += nbytes if memory not in self._baseline else 0
             if memory is not None:
                 self._baseline.add(memory)
         return total
 
 
-def _report_row(record: GraphRecord, row: SavedTensor, is_stored_before: bool = False) -> ReportRow:
-    decision, profile = record.plan[row.key], record.profile
+def _report_row(call: Call, row: SavedTensor, is_stored_before: bool = False) -> ReportRow:
+    decision, profile = call.plan[row.key], call.record.profile
     known = None if profile is None else profile.sensitivities.get(row.key)
     square = 0.0 if profile is None else profile.gradient_square
     noises: tuple[float | None, float | None] = (None, None)
@@ -270,10 +275,10 @@ def _kept(decision: Decision) -> str:
     return f"{decision.rows:g} of rows" if decision.action is Action.SAMPLE else ""
 
 
-def _total_noise(records: Sequence[GraphRecord]) -> float | None:
+def _total_noise(calls: Sequence[Call]) -> float | None:
     """The relative variance that all plans add to the gradient; None unless every graph was probed."""
-    profiles = [record.profile for record in records if record.profile is not None]
-    square = sum(profile.gradient_square for profile in profiles)
-    if len(profiles) < len(records) or not square:
+    known = [(call, call.record.profile) for call in calls if call.record.profile is not None]
+    square = sum(profile.gradient_square for _, profile in known)
+    if len(known) < len(calls) or not square:
         return None
-    return sum(predicted_noise(r.rows, r.plan, r.profile) for r in records if r.profile is not None) / square
+    return sum(predicted_noise(call.rows, call.plan, profile) for call, profile in known) / square

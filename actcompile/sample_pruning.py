@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from . import records
+from . import records, steps
 from ._saved import grad_fns, saved_by
 from ._torch import (
     CustomPartitionerFn,
@@ -68,8 +68,10 @@ def prune_by_samples(
         if any(is_fake(value) for value in args):
             return graph(*args)
         forward = _Forward(pruned, operators, _held(args, record.roles))
+        steps.begin()
         outputs = forward.run(*args)
         record.measure(forward.rows, Plan(forward.decisions))
+        steps.note(record, args, outputs)
         if log.isEnabledFor(logging.INFO):
             log.info("%s", record.summary())
         return outputs

@@ -35,9 +35,11 @@ from ._batch import find_batch
 from ._dropped import GROUP, Dropped, dropped_moments, is_promising, shapes_of
 from ._measure import Rounding, measure
 from ._pruned import PruningNoise
+from ._seeded import SeededInterpreter
 from ._slices import Groups, Layout, Part, SlicedBackward, cut, decode, samples_meet, slice_backward
 from ._sweep import Sweep
 from ._tiles import call_node, find_tilings, ordered, run_graph
+from ._torch import preserve_rng_state
 from ._weights import bottleneck, squares
 from .choices import CODE_BITS
 from .distributed import num_ranks
@@ -110,7 +112,7 @@ class Probe:
 
         def call(args: list[Any]) -> Any:
             if not self.is_armed:
-                return fx.Interpreter(graph).boxed_run(args)
+                return SeededInterpreter(graph).boxed_run(args)
             return run(graph, args)
 
         call._boxed_call = True  # type: ignore[attr-defined]
@@ -185,7 +187,9 @@ class Probe:
 
     def _sliced(self, whole: Sweep) -> SlicedBackward | None:
         """The backward of so few samples that the product takes no more bytes than it may; None for all at once."""
-        batch = None if self._pair is None else find_batch(self._pair)
+        # It runs operators that draw random numbers, which would shift those of the training.
+        with preserve_rng_state():
+            batch = None if self._pair is None else find_batch(self._pair)
         decoders = [node for node in whole.nodes if node.target in DECODERS]
         is_separable = batch is not None and all(node.name in batch[1] for node in decoders)
         if self._pair is None or batch is None or not is_separable or samples_meet(whole.graph, batch[1]):

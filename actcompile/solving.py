@@ -7,8 +7,9 @@ from dataclasses import replace
 from . import records
 from .distributed import num_ranks, plan_of_rank_0
 from .following import follow
+from .overflow import step_nbytes
 from .plan import Plan, SavedTensor
-from .planner import ProbedGraph, counted_nbytes, host_nbytes, predicted_noise, solve
+from .planner import ProbedGraph, counted_nbytes, host_nbytes, predicted_noise, solve, uniform_within
 from .records import GraphRecord
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,41 @@ def found_plan(record: GraphRecord) -> Plan | None:
     assert earlier.profile is not None
     again = ProbedGraph(record.rows, earlier.profile, followed)
     return replace(solve([again], record.config, budget)[0], graphs=plan.graphs)
+
+
+def replan(record: GraphRecord) -> None:
+    """Gives new plans to all graphs of a step that stored more than ``memory`` in the latest one that was complete, as
+    when graphs are called several times, or others were compiled meanwhile.
+
+    Raises:
+        ConfigError: When no plan fits.
+    """
+    config, budget = record.config, record.budget_nbytes()
+    # A share of every call is one of all of them; a plan that was given is followed as it is.
+    if budget is None or isinstance(config.memory, float) or config.plan is not None:
+        return
+    graphs, counts = _companions(record)
+    nbytes = step_nbytes([other.rows for other in graphs], [other.plan for other in graphs], counts)
+    if nbytes <= budget:
+        return
+    if num_ranks() > 1:
+        log.warning(
+            "the calls of a step take %d bytes together, more than memory=%r: ranks keep one plan", nbytes, budget
+        )
+        return
+    if config.automatic:
+        for other in graphs:
+            other.solved = None
+        return
+    plans = uniform_within([other.rows for other in graphs], counts, config, budget)
+    for other, plan in zip(graphs, plans, strict=True):
+        other.solved = replace(plan, graphs=(other.sites,))
+
+
+def _companions(record: GraphRecord) -> tuple[list[GraphRecord], list[int]]:
+    """Graphs with the same settings that a step calls, and how often."""
+    known = {other: count for other, count in record.companions.items() if other.config == record.config}
+    return list(known), list(known.values())
 
 
 def solved_again(record: GraphRecord, current: Plan, num_steps: int) -> Plan | None:
@@ -98,9 +134,9 @@ def _budget_again(record: GraphRecord, earlier: GraphRecord) -> float | None:
         return None
     known = [(o, o.solved) for o in records.of_settings(record.config) if o.solved is not None]
     if isinstance(record.config.memory, float) and earlier.baseline_nbytes:
-        total = sum(other.budget_nbytes() or 0 for other, _ in known)
+        total = sum(other.num_calls * (other.budget_nbytes() or 0) for other, _ in known)
         budget = total * record.baseline_nbytes / earlier.baseline_nbytes
-    stored = sum(_all_nbytes(other.rows, plan) for other, plan in known)
+    stored = sum(other.num_calls * _all_nbytes(other.rows, plan) for other, plan in known)
     return budget * _all_nbytes(earlier.rows, solved_plan(earlier)) / stored if stored else budget
 
 
@@ -135,9 +171,13 @@ def solved_plan(record: GraphRecord, purpose: str = "train") -> Plan:
 def _solve(record: GraphRecord) -> Plan:
     """The plan of a probed graph, solved together with those of the other graphs with the same settings."""
     together = [other for other in records.of_settings(record.config) if other.own_profile is not None]
-    graphs = [ProbedGraph(o.rows, o.own_profile, o.plan) for o in together if o.own_profile is not None]
-    # A share of each graph, or one number of bytes for all of them.
-    budgets = [other.budget_nbytes() for other in together]
-    budget = sum(filter(None, budgets)) if isinstance(record.config.memory, float) else budgets[0]
+    graphs = [
+        ProbedGraph(o.rows, o.own_profile, o.plan, record.companions.get(o, o.num_calls))
+        for o in together
+        if o.own_profile is not None
+    ]
+    # A share of each call, or one number of bytes for all of them.
+    shares = [graph.num_calls * (o.budget_nbytes() or 0) for graph, o in zip(graphs, together, strict=True)]
+    budget = sum(shares) if isinstance(record.config.memory, float) else record.budget_nbytes()
     plan = solve(graphs, record.config, budget)[together.index(record)]
     return replace(plan, graphs=(record.sites,))

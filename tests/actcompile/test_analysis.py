@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from actcompile.analysis import RETURNED
 from actcompile.plan import Role, SavedTensor
 
 from ..models import gpt
@@ -91,7 +92,7 @@ def test_parts_of_activations_and_outputs() -> None:
 
 def test_outputs_are_held_by_the_caller() -> None:
     row = rows_of(lambda w, x: torch.exp(x @ w), weight(8, 8), torch.randn(4, 8))["exp"]
-    assert row.obstacle == "the caller holds it: it is an output of the graph"
+    assert row.obstacle == RETURNED
 
 
 def test_views_of_outputs_are_held_too() -> None:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -12,9 +13,14 @@ from torch import Tensor, nn
 
 import actcompile
 from actcompile._gpt import GPT
+from actcompile.memory import Timeline
+from actcompile.plan import Action
 from actcompile.reporting import Report, ReportRow, fold_layers
 
 from ..models import Task, bert, gpt, resnet
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROW = ReportRow(
     name="gelu",
@@ -213,6 +219,41 @@ def test_json() -> None:
     assert row["dtype"] == "float32" and row["shape"] == [64, 128] and row["stored_nbytes"] == 4288
 
 
+def assert_nothing_overlaps(figure: "Figure") -> None:
+    """All that is written in the picture lies inside of it, and apart from all else that is written."""
+    figure.draw_without_rendering()
+    axes = figure.axes
+    texts = [t for ax in axes for t in (*ax.texts, ax.title, ax._left_title, ax.xaxis.label, ax.yaxis.label)]
+    texts += [
+        tick.label1
+        for ax in axes
+        for axis in (ax.xaxis, ax.yaxis)
+        for tick in axis.get_major_ticks()
+        if min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
+    ]
+    texts += [text for legend in figure.legends for text in legend.get_texts()]
+    written = [(t.get_text(), t.get_window_extent()) for t in texts if t.get_text()]
+    for position, (text, box) in enumerate(written):
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, text
+        assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1, text
+        for other, place in written[position + 1 :]:
+            assert not box.overlaps(place), (text, other)
+
+
+@pytest.mark.parametrize("actions", [["quantize"], list(map(str, Action))], ids=["one", "all"])
+def test_plot_of_every_action(actions: list[str]) -> None:
+    pytest.importorskip("matplotlib")
+    rows = tuple(
+        replace(ROW, action=action, module=f"layer_with_a_long_name.{action}.projection") for action in actions
+    )
+    timelines = (Timeline(("a", "b", "c", "d"), (10, 20, 40, 5), 2),)
+    assert_nothing_overlaps(Report(rows, 32768 * len(rows), timelines).plot())
+    moved = replace(ROW, stored_nbytes=0, host_nbytes=4288, module="moved")
+    figure = Report((*rows, moved), 32768 * len(rows), timelines).plot()
+    assert_nothing_overlaps(figure)
+    assert any("in the host's memory" in text.get_text() for text in figure.axes[0].texts)
+
+
 @pytest.mark.parametrize("make", [gpt, resnet], ids=["gpt", "resnet"])
 def test_plot(make: Callable[[], Task], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
@@ -221,12 +262,18 @@ def test_plot(make: Callable[[], Task], tmp_path: Path) -> None:
     figure = report.plot(tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
     assert figure._repr_png_()[:4] == b"\x89PNG"  # type: ignore[attr-defined]
-    tensors, memory = figure.axes
+    total, tensors, memory = figure.axes
     groups = fold_layers([row for row in report.rows if row.counts])
-    widths = [patch.get_width() for patch in tensors.patches if patch.get_width()]
-    assert 5 < len(widths) <= len(groups) + 1
-    assert any(width == pytest.approx(4 + 8 * 6 / 256, rel=0.02) for width in widths)
-    assert f"{report.ratio:.1f}x less" in tensors.get_title(loc="left")
+    widths = [patch.get_width() * 2**20 for patch in tensors.patches if patch.get_width()]
+    assert 10 < len(widths) <= 2 * (len(groups) + 1)
+    exact, stored = widths[: len(widths) // 2], widths[len(widths) // 2 :]
+    assert sum(exact) == pytest.approx(sum(row.nbytes for row in report.rows if row.counts))
+    assert sum(stored) == pytest.approx(report.saved_nbytes)
+    assert [patch.get_width() * 2**20 for patch in total.patches] == pytest.approx(
+        [report.baseline_nbytes, report.saved_nbytes]
+    )
+    assert f"{report.ratio:.1f}x less" in total.get_title(loc="left")
+    assert_nothing_overlaps(figure)
     (line,) = (line for line in memory.lines if len(line.get_ydata()) == len(report.timelines[0].live_nbytes))
     assert max(line.get_ydata()) == pytest.approx(report.timelines[0].peak_nbytes / 2**20)
     assert {"forward", "backward"} <= {text.get_text() for text in memory.texts}
@@ -234,7 +281,7 @@ def test_plot(make: Callable[[], Task], tmp_path: Path) -> None:
 
 def test_plot_of_nothing() -> None:
     pytest.importorskip("matplotlib")
-    assert len(Report((), 0).plot().axes) == 2
+    assert len(Report((), 0).plot().axes) == 3
 
 
 def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
