@@ -159,12 +159,11 @@ class _Choice:
 
     def nbytes_at(self, bits: float) -> float:
         """Bytes of all rows at codes of ``bits``."""
-        return sum(nbytes_at(row, bits, self.config.group_size) for _, row in self.chosen)
+        return sum(nbytes_at(row, bits, self.config) for _, row in self.chosen)
 
     def left_by_overrides(self, bits: float) -> float:
         """Bytes that rows with bits of their own leave of ``bits`` per element; negative where they take more."""
-        size = self.config.group_size
-        return sum(nbytes_at(row, bits, size) - stored_nbytes(row, own) for row, own in self.overridden)
+        return sum(nbytes_at(row, bits, self.config) - stored_nbytes(row, own) for row, own in self.overridden)
 
     def within(self, nbytes: float) -> list[Plan]:
         """The plans of the least noise.
