@@ -70,7 +70,7 @@ def decode_groups(
             start, offset = start + groups * nbytes, offset + width
         result = ops.add(_convert(load_zero(of_group), dtype, torch.float32), distance)
         # In a marked group, whose scale is negative, the highest code means nan; elsewhere no distance is below zero.
-        farthest = ops.minimum(ops.mul(step, _number(2.0**bits - 1)), ops.neg(step))
+        farthest = ops.mul(ops.abs(step), _number(0.5 - (2**bits - 1)))
         result = ops.where(ops.gt(distance, farthest), result, _number(math.nan))
         return _convert(result, torch.float32, dtype)
 
