@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, guard_or_false
 
 from .passes._attention_bias import is_unaligned_bias
 from .passes._cones import cone, cone_inputs, num_flops
@@ -26,6 +26,7 @@ from .passes._weight_grads import WeightGrad, WeightGrads
 from .passes.held import HeldValues
 from .passes.snapshot_inputs import is_snapshot, written_by
 from .plan import Recomputation, Role, SavedTensor
+from .triton_kernels._layout import storage_permutation
 
 aten = torch.ops.aten
 
@@ -141,6 +142,7 @@ def _describe(pair: GraphPair, slot: Slot, returned: set[fx.Node], is_weight: bo
         symbolic_shape=tuple(str(size) for size in value.shape),
         dtype=value.dtype,
         numel=hint(value.numel()),
+        row_length=_row_length(value),
         nbytes=hint(value.numel()) * value.element_size(),
         role=role,
         index_range=_index_range(value_chain(source)[-1]),
@@ -151,6 +153,17 @@ def _describe(pair: GraphPair, slot: Slot, returned: set[fx.Node], is_weight: bo
         and not free_unbacked_symbols(value)
         and not is_unaligned_bias(slot.placeholder),
     )
+
+
+def _row_length(value: torch.Tensor) -> int:
+    """The size of the last dimension of ``value`` in memory, what is expanded left out; 0 where it is symbolic, or
+    where there are no others.
+    """
+    layout = zip(value.shape, value.stride(), strict=True)
+    sizes = [1 if guard_or_false(stride == 0) else size for size, stride in layout]
+    order = storage_permutation(sizes, value.stride())
+    lengths = [sizes[dim] for dim in order if not guard_or_false(sizes[dim] == 1)]
+    return lengths[-1] if len(lengths) > 1 and isinstance(lengths[-1], int) else 0
 
 
 def _recomputation(slot: Slot, keys: Mapping[fx.Node, str]) -> Recomputation | None:

@@ -31,7 +31,9 @@ class Config:
         auto: Per-tensor bits from sensitivities, measured in the first step, which is interpreted and takes about twice
             the memory of a compiled one where samples meet, as in batch normalization (``profile`` on a small batch
             avoids that); otherwise all get the same.
-        group_size: Elements that share one scale: a power of two from 32 to 4096.
+        group_size: Elements that share one scale, at the most: a power of two from 32 to 4096. Where rows, the last
+            dimension in memory, are no multiple of it, the largest power of two that divides them, so that no group
+            holds parts of two; below 64 elements, and where that size is dynamic, rows share groups.
         sparsity: Share of elements dropped from what weight gradients alone read: of each 256 elements, the
             largest are stored, in ``sparse_value_bits``, and the others count as zero. Input gradients stay exact; what
             else is saved gets ``bits``. With ``auto``, which prunes where that is best anyway, no other share.

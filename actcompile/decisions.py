@@ -21,6 +21,9 @@ _NARROW_TYPES = ((torch.uint8, 2**8), (torch.int16, 2**15), (torch.int32, 2**31)
 # about what codes take.
 OFFLOAD_MIN_NBYTES = 2**20
 
+# Of fewer elements, scales and zeros would take as many bytes as codes of one bit.
+LEAST_ROW_GROUP = 64
+
 NO_FEWER_BYTES = Decision(Action.KEEP, "codes would take no fewer bytes", by_size=True)
 UNKNOWN_NOISE = Decision(Action.KEEP, "its sensitivity is not known: it was not rounded while the graph was probed")
 RECOMPUTED = Decision(Action.RECOMPUTE, "computed again in the backward: there is no room for it")
@@ -69,8 +72,20 @@ def _sampled_nbytes(row: SavedTensor, decision: Decision) -> int:
     return stored + sampled_nbytes(num_rows, 0, row.dtype) + marks
 
 
-def nbytes_at(row: SavedTensor, bits: float, group_size: int) -> float:
+def fitting_group_size(row_length: int, group_size: int) -> int:
+    """The group size for rows of ``row_length`` elements where ``group_size`` is set.
+
+    A group that holds parts of two rows would give the noise of the one with the larger range to the other, however
+    much that is multiplied by: in LayerNorm by the inverse of its deviation. So groups are the largest power of two up
+    to ``group_size`` that divides a row; below 64 elements, where scales and zeros would outweigh that, they stay.
+    """
+    divisor = math.gcd(row_length, group_size)
+    return divisor if divisor >= LEAST_ROW_GROUP else group_size
+
+
+def nbytes_at(row: SavedTensor, bits: float, config: Config) -> float:
     """Bytes of codes of ``bits``, which may lie between two widths, with scales and zeros."""
+    group_size = fitting_group_size(row.row_length, config.group_size)
     without = quantized_nbytes(row.numel, 0, group_size, row.dtype)
     return without + (quantized_nbytes(row.numel, 8, group_size, row.dtype) - without) * bits / 8
 
@@ -127,7 +142,8 @@ def decide(row: SavedTensor, config: Config, bits: int | None) -> Decision:
             return sampled
     if bits is None:
         return Decision(Action.KEEP, "the settings are lossless")
-    decision = Decision(Action.QUANTIZE, reason + _caution(row), bits=bits, group_size=config.group_size)
+    group_size = fitting_group_size(row.row_length, config.group_size)
+    decision = Decision(Action.QUANTIZE, reason + _caution(row), bits=bits, group_size=group_size)
     return decision if encoded_nbytes(row, decision) < row.nbytes else NO_FEWER_BYTES
 
 
@@ -147,8 +163,9 @@ def setting_against(row: SavedTensor, config: Config) -> str:
 def ways_to_store(row: SavedTensor, config: Config) -> list[Decision]:
     """What may be stored for a row that can be quantized."""
     reason = "least noise at these bytes" + _caution(row)
+    group_size = fitting_group_size(row.row_length, config.group_size)
     ways = [
-        *(Decision(Action.QUANTIZE, reason, bits=bits, group_size=config.group_size) for bits in CODE_BITS),
+        *(Decision(Action.QUANTIZE, reason, bits=bits, group_size=group_size) for bits in CODE_BITS),
         *(sparsified("least noise at these bytes", row, pruning) for pruning in config.prunings),
     ]
     if row.num_rows and config.rows is not None:
@@ -162,7 +179,7 @@ def _sampled(reason: str, row: SavedTensor, config: Config, bits: int | None) ->
         Action.SAMPLE,
         reason + _caution(row),
         bits=bits,
-        group_size=None if bits is None else config.group_size,
+        group_size=None if bits is None else fitting_group_size(row.numel // row.num_rows, config.group_size),
         rows=config.rows,
         padded=row.is_marked,
     )

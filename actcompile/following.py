@@ -5,6 +5,7 @@ graph           must compute what one of the plan's graphs computes, call by cal
 known row       gets its decision, which must fit its dtype
 by size         what the plan keeps for being small, or stores in the narrowest type, is decided again from the row
 recomputed      only where the backward can compute the row from others that are stored; else as unknown
+group size      of the plan, where rows have the length for it; else what fits them (decisions.py)
 offloaded       where its memory can be freed; rows that the plan does not offload are where it offloads all that is
                 worth it
 unknown row     was not saved at the sizes of the plan: the partition weighs bytes. It gets the plan's mean bits;
@@ -23,6 +24,7 @@ from .decisions import (
     decide,
     encoded_nbytes,
     find_override,
+    fitting_group_size,
     may_offload,
     may_recompute,
     offloaded,
@@ -102,6 +104,10 @@ def _followed(plan: Plan, row: SavedTensor, config: Config, again: Collection[st
         return _again(plan, row, config)
     if planned.action is Action.SAMPLE:
         planned = replace(planned, padded=row.is_marked)
+    if planned.group_size is not None:
+        # Rows may have another length here.
+        length = row.numel // row.num_rows if planned.action is Action.SAMPLE else row.row_length
+        planned = replace(planned, group_size=fitting_group_size(length, planned.group_size))
     return planned if encoded_nbytes(row, planned) < row.nbytes else NO_FEWER_BYTES
 
 

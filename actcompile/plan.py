@@ -99,7 +99,8 @@ class SavedTensor:
     elsewhere would free its memory; ``recomputation`` how the backward could do without it; ``is_layer_input`` whether
     the backward reads it in gradients of weights alone, so that errors in it reach nothing else, and ``num_rows`` how
     many rows of tokens it has where these are products of matrices, ``is_marked`` whether an input of the model marks
-    which of them are padding.
+    which of them are padding. ``row_length`` is the size of its last dimension in memory, 0 where that is
+    symbolic or the only one.
     """
 
     key: str
@@ -121,6 +122,7 @@ class SavedTensor:
     is_layer_input: bool = False
     num_rows: int = 0
     is_marked: bool = False
+    row_length: int = 0
 
 
 @dataclass(frozen=True)

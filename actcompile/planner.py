@@ -188,14 +188,12 @@ class _Choice:
 
     def nbytes_at(self, bits: float) -> float:
         """Bytes of all rows at codes of ``bits``."""
-        size = self.config.group_size
-        return sum(self.num_calls[index] * nbytes_at(row, bits, size) for index, row in self.chosen)
+        return sum(self.num_calls[index] * nbytes_at(row, bits, self.config) for index, row in self.chosen)
 
     def left_by_overrides(self, bits: float) -> float:
         """Bytes that rows with bits of their own leave of ``bits`` per element; negative where they take more."""
-        size = self.config.group_size
         return sum(
-            self.num_calls[index] * (nbytes_at(row, bits, size) - stored_nbytes(row, self.given[index][row.key]))
+            self.num_calls[index] * (nbytes_at(row, bits, self.config) - stored_nbytes(row, self.given[index][row.key]))
             for index, row in self.overridden
         )
 

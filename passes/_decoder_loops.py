@@ -69,6 +69,9 @@ def decode_groups(
             distance = share if distance is None else ops.add(distance, share)
             start, offset = start + groups * nbytes, offset + width
         result = ops.add(_convert(load_zero(of_group), dtype, torch.float32), distance)
+        # In a marked group, whose scale is negative, the highest code means nan; elsewhere no distance is below zero.
+        farthest = ops.mul(ops.abs(step), _number(0.5 - (2**bits - 1)))
+        result = ops.where(ops.gt(distance, farthest), result, _number(math.nan))
         return _convert(result, torch.float32, dtype)
 
     device = codes.get_device()
@@ -141,6 +144,10 @@ def _is_on_cpu(value: ir.TensorBox) -> bool:
 
 def _constant(value: int) -> Any:
     return ops.constant(value, torch.int32)
+
+
+def _number(value: float) -> Any:
+    return ops.constant(value, torch.float32)
 
 
 def _convert(value: Any, source: torch.dtype, dtype: torch.dtype) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ._hash import mix_seed
 from ._layout import from_storage_order, to_storage_order
 from ._topk_sizes import check_format, group_numel, num_groups
-from .quantize import MIN_SCALE, check_arguments, decode_groups, encode_groups, group, split_planes
+from .quantize import MIN_SCALE, check_arguments, decode_groups, encode_groups, group, known_extremes, split_planes
 from .topk import densify_groups, pad_groups, sparsify_groups, split_groups
 
 CHUNK_NUMEL = 2**18
@@ -87,25 +87,30 @@ def densify_in_chunks(
 def rounding_variance(x: Tensor, widths: Sequence[int], group_size: int) -> Tensor:
     """Variance of one element's rounding noise, the mean over each group, for codes of each of ``widths`` bits.
 
-    That the stored scale is rounded up, by less than 1%, is left out.
+    That the stored scale is rounded up, by less than 1%, is left out. Of inf and nan it is 0.
 
     Returns:
-        float32 [num_groups, len(widths)], 0 for groups that hold inf or nan.
+        float32 [num_groups, len(widths)].
     """
     groups = group(to_storage_order(x), group_size)
-    parts = [_rounding_variance(groups[rows].float(), widths) for rows in _chunks(*groups.shape)]
-    return torch.cat(parts).nan_to_num_(0.0, 0.0, 0.0)
+    return torch.cat([_rounding_variance(groups[rows].float(), widths) for rows in _chunks(*groups.shape)])
 
 
 def _rounding_variance(values: Tensor, widths: Sequence[int]) -> Tensor:
-    low = values.amin(1, keepdim=True)
-    spread = values.amax(1, keepdim=True) - low
+    low, high, marked = values.amin(1, keepdim=True), values.amax(1, keepdim=True), 0
+    if not (high * 0.5 - low * 0.5).isfinite().all():
+        known = values.isfinite()
+        low, high = known_extremes(values, known)
+        # Inf and nan count as what has no noise. A level is theirs; at 1 bit the finite elements have none for
+        # themselves, and lose about as much.
+        values, marked = torch.where(known, values, low), (~known).any(1, keepdim=True).int()
+    spread = high - low
     columns = []
     for bits in widths:
-        scale = (spread / (2**bits - 1)).clamp(min=MIN_SCALE)
+        scale = (spread / (2**bits - 1 - marked * (bits > 1))).clamp(min=MIN_SCALE)
         fraction = ((values - low) / scale).frac_()
         columns.append((fraction * (1 - fraction)).mean(1) * scale.square().squeeze(1))
-    return torch.stack(columns, 1)
+    return torch.stack(columns, 1).nan_to_num_(0.0, 0.0, 0.0)
 
 
 def _chunks(groups: int, group_size: int) -> list[slice]:

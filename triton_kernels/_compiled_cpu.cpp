@@ -23,13 +23,8 @@ template <int LOW_BITS, int HIGH_BITS>
 inline void encode_group(
     const Word* __restrict x, uint64_t start, uint64_t key, uint8_t* __restrict codes, uint8_t* __restrict low_plane,
     uint8_t* __restrict high_plane, uint16_t* scale_out, Word* zero_out) {
-    const Range range = range_of(x, GROUP_SIZE);
-    const Encoder<(1 << (LOW_BITS + HIGH_BITS)) - 1> encoder(range, start, key);
-    encoder.store_steps(range, scale_out, zero_out);
-#pragma omp simd
-    for (int i = 0; i < GROUP_SIZE; ++i) {
-        codes[i] = encoder.code(x[i], i);
-    }
+    const auto place = [](int i) { return i; };
+    encode_values<(1 << (LOW_BITS + HIGH_BITS)) - 1>(x, GROUP_SIZE, start, key, place, codes, scale_out, zero_out);
     pack<0, LOW_BITS>(codes, low_plane);
     if constexpr (HIGH_BITS > 0) {
         pack<LOW_BITS, HIGH_BITS>(codes, high_plane);

@@ -76,21 +76,22 @@ inline uint16_t to_16_bits(Word element) {
 
 inline float smaller(float x, float y) { return x < y ? x : y; }
 
-// Rounded to bf16: up, unless the highest level would then lie beyond the largest number.
-template <int LEVELS>
-inline float scale_of(float low, float high) {
-    const float room = smaller(LARGEST * 0.5f - low * 0.5f, MAX_SPREAD) / LEVELS * 2.0f;
-    const float wanted = smaller((high * 0.5f - low * 0.5f) / LEVELS * 2.0f, room);
+// Of `levels` levels, rounded to bf16: up, unless the highest level would then lie beyond the largest number.
+inline float scale_of(float low, float high, float levels) {
+    const float room = smaller(LARGEST * 0.5f - low * 0.5f, MAX_SPREAD) / levels * 2.0f;
+    const float wanted = smaller((high * 0.5f - low * 0.5f) / levels * 2.0f, room);
     const float raw = smaller(wanted > MIN_SCALE ? wanted : MIN_SCALE, MAX_SCALE);
     const uint32_t bits = bits_of<uint32_t>(raw);
     const float above = bits_of<float>((bits + 0xFFFFu) & 0xFFFF0000u);
     return above <= room ? above : bits_of<float>(bits & 0xFFFF0000u);
 }
 
+inline bool is_finite(Word element) { return (element & MAGNITUDE) < INFINITY_BITS; }
+
 // A group's lowest and highest element, in order.
 struct Range {
     Word lowest, highest;
-    bool finite() const { return lowest > static_cast<Word>(~INFINITY_BITS) && highest < INFINITY_BITS; }
+    bool is_whole() const { return lowest > static_cast<Word>(~INFINITY_BITS) && highest < INFINITY_BITS; }
 };
 
 inline Range range_of(const Word* x, int n) {
@@ -104,20 +105,38 @@ inline Range range_of(const Word* x, int n) {
     return {lowest, highest};
 }
 
-// Gives the codes of a group whose first element has the index `start`.
+// The same of the finite elements; 0 where there are none.
+inline Range known_range_of(const Word* x, int n) {
+    Word lowest = INFINITY_BITS, highest = static_cast<Word>(~INFINITY_BITS);
+#pragma omp simd reduction(min : lowest) reduction(max : highest)
+    for (int i = 0; i < n; ++i) {
+        const Word element = ordered(x[i]);
+        const Word low = is_finite(x[i]) ? element : INFINITY_BITS;
+        const Word high = is_finite(x[i]) ? element : static_cast<Word>(~INFINITY_BITS);
+        lowest = low < lowest ? low : lowest;
+        highest = high > highest ? high : highest;
+    }
+    return lowest <= highest ? Range{lowest, highest} : Range{0, 0};
+}
+
+// Gives the codes of a group whose first element has the index `start`. One that is not whole has those of the negated
+// elements, with one level less.
 template <int LEVELS>
 struct Encoder {
-    float scale, inverse, origin, limit;
+    float scale, inverse, zero, origin, limit;
     uint32_t key0, key1, first;
 
-    Encoder(Range range, uint64_t start, uint64_t key) {
-        const float low = to_float(ordered(range.lowest));
-        scale = scale_of<LEVELS>(low, to_float(ordered(range.highest)));
-        // Positions in units of 2**-FRACTION_BITS, which is exact. At a limit of 0 every code of a group that holds inf
-        // or nan is 0.
-        inverse = 2.0f / scale * (1 << FRACTION_BITS);
-        origin = low * 0.5f;
-        limit = range.finite() ? static_cast<float>(LEVELS) * (1 << FRACTION_BITS) : 0.0f;
+    Encoder(Range range, bool is_whole, uint64_t start, uint64_t key) {
+        const float lowest = to_float(ordered(range.lowest)), highest = to_float(ordered(range.highest));
+        const float low = is_whole ? lowest : -highest, high = is_whole ? highest : -lowest;
+        const float sign = is_whole ? 1.0f : -1.0f, top = is_whole || LEVELS == 1 ? LEVELS : LEVELS - 1;
+        scale = scale_of(low, high, top);
+        // Positions in units of 2**-FRACTION_BITS, which is exact.
+        inverse = 2.0f / scale * (1 << FRACTION_BITS) * sign;
+        scale *= sign;
+        zero = low * sign;
+        origin = zero * 0.5f;
+        limit = top * (1 << FRACTION_BITS);
         key0 = static_cast<uint32_t>(key) ^ static_cast<uint32_t>(start >> 32) * INDEX_HIGH_MULTIPLIER;
         key1 = static_cast<uint32_t>(key >> 32);
         first = static_cast<uint32_t>(start);
@@ -132,8 +151,40 @@ struct Encoder {
         return static_cast<uint8_t>((fixed + static_cast<int32_t>(h)) >> FRACTION_BITS);
     }
 
-    void store_steps(Range range, uint16_t* scale_out, Word* zero_out) const {
-        *scale_out = range.finite() ? bits_of<uint32_t>(scale) >> 16 : 0x7FC0;
-        *zero_out = range.finite() ? ordered(range.lowest) : MAGNITUDE;
+    // Takes the codes of a group that is not whole to what is stored: the highest for inf and nan.
+    void mark(const Word* x, int n, uint8_t* codes) {
+        if constexpr (LEVELS == 1) {
+            int ones = 0, known = 0;
+            for (int i = 0; i < n; ++i) {
+                known += is_finite(x[i]);
+                ones += is_finite(x[i]) ? codes[i] : 0;
+                codes[i] = 0;
+            }
+            const float share = static_cast<float>(ones) / static_cast<float>(known > 1 ? known : 1);
+            // 16 significant bits: the product is exact.
+            zero += scale * bits_of<float>(bits_of<uint32_t>(share) & 0xFFFFFF00u);
+        }
+        for (int i = 0; i < n; ++i) {
+            codes[i] = is_finite(x[i]) ? codes[i] : LEVELS;
+        }
     }
 };
+
+// Codes, scale and zero of a group of `n` elements, whose places in the tensor follow `start`.
+template <int LEVELS, typename Place>
+inline void encode_values(
+    const Word* __restrict x, int n, uint64_t start, uint64_t key, Place place, uint8_t* __restrict codes,
+    uint16_t* scale_out, Word* zero_out) {
+    const Range range = range_of(x, n);
+    const bool is_whole = range.is_whole();
+    Encoder<LEVELS> encoder(is_whole ? range : known_range_of(x, n), is_whole, start, key);
+#pragma omp simd
+    for (int i = 0; i < n; ++i) {
+        codes[i] = encoder.code(x[i], place(i));
+    }
+    if (!is_whole) {
+        encoder.mark(x, n, codes);
+    }
+    *scale_out = static_cast<uint16_t>(bits_of<uint32_t>(encoder.scale) >> 16);
+    *zero_out = from_float(encoder.zero);
+}

@@ -161,13 +161,8 @@ inline void encode_group(
             halves[j] = to_16_bits(group.kept[j]);
         }
     } else {
-        const Range range = range_of(group.kept, num);
-        const Encoder<(1 << VALUE_BITS) - 1> encoder(range, start, key);
-        encoder.store_steps(range, scale, zero);
-#pragma omp simd
-        for (int j = 0; j < num; ++j) {
-            group.codes[j] = encoder.code(group.kept[j], group.places[j]);
-        }
+        const auto place = [&group](int j) { return group.places[j]; };
+        encode_values<(1 << VALUE_BITS) - 1>(group.kept, num, start, key, place, group.codes, scale, zero);
         pack_fields<VALUE_BITS>(group.codes, num, values);
     }
 }
@@ -184,12 +179,12 @@ inline void decode_group(
         }
     } else {
         const float step = bits_of<float>(static_cast<uint32_t>(*scale) << 16), origin = to_float(*zero);
-        const bool broken = *scale > 0x7F80;
+        const int marked = *scale & 0x8000 ? (1 << VALUE_BITS) - 1 : -1;
         unpack_fields<VALUE_BITS>(values, num, group.codes);
 #pragma omp simd
         for (int j = 0; j < num; ++j) {
             const float code = static_cast<float>(group.codes[j]);
-            group.kept[j] = broken ? MAGNITUDE : from_float(origin + step * code);
+            group.kept[j] = group.codes[j] == marked ? MAGNITUDE : from_float(origin + step * code);
         }
     }
     std::memset(x, 0, GROUP * sizeof(Word));

@@ -9,7 +9,17 @@ of the encoder's own kernel.
 import triton
 import triton.language as tl
 
-from ._quantize_kernel import FRACTION, group_steps, maximum, noise
+from ._quantize_kernel import (
+    FRACTION,
+    group_steps,
+    is_whole,
+    known_extremes,
+    mark,
+    maximum,
+    mean_level,
+    noise,
+    some,
+)
 
 
 @triton.jit
@@ -47,13 +57,20 @@ def encode_tile(
     start = tl.full([1, 1], first, tl.int64) + place
     exists = place < remaining
     low, high = tl.min(values, 1, keep_dims=True), tl.reduce(values, 1, maximum, keep_dims=True)
-    scale, inverse, origin, limit, finite = group_steps(low, high, DTYPE, LEVELS)
-    fixed = tl.minimum((values * 0.5 - origin) * inverse, limit).to(tl.int32)
+    whole = is_whole(low, high)
+    marks = some(whole == 0)
+    if marks:
+        low, high = known_extremes((values,), 1)
+    scale, inverse, zero, limit = group_steps(low, high, whole, DTYPE, LEVELS)
+    fixed = tl.minimum((values * 0.5 - zero * 0.5) * inverse, limit).to(tl.int32)
     salt_key = (salt_high.to(tl.int64) << 32) | (salt_low.to(tl.int64) & 0xFFFFFFFF)
     key = tl.load(seed_ptr) ^ salt_key
     codes = (fixed + noise(key, start, tl.arange(0, GROUP_SIZE)[None, :])) >> FRACTION
-    scale = tl.where(finite, scale, float("nan")).to(tl.bfloat16)
-    zero = tl.where(finite, low, float("nan")).to(DTYPE)
+    if marks:
+        if LEVELS == 1:
+            zero = tl.where(whole, zero, mean_level((codes,), (values,), scale, zero, 1))
+        codes = mark(codes, values, whole, LEVELS)
+    scale, zero = scale.to(tl.bfloat16), zero.to(DTYPE)
     return codes, scale, zero, start // GROUP_SIZE, exists
 
 

@@ -10,7 +10,17 @@ bytes, and packing them needs no exchange between threads.
 import triton
 import triton.language as tl
 
-from ._quantize_kernel import FRACTION, group_steps, maximum, noise
+from ._quantize_kernel import (
+    FRACTION,
+    decode,
+    group_steps,
+    is_whole,
+    known_extremes,
+    mark,
+    maximum,
+    noise,
+    some,
+)
 from ._topk_sizes import POSITIONS_GROUP
 from ._topk_values import in_16_bits, load_steps, magnitude_key
 
@@ -100,15 +110,22 @@ def _sparsify_positions_kernel(
         for i in tl.static_range(1, 2 * KEEP):
             low, high = tl.minimum(low, values[i]), maximum(high, values[i])
         low, high = tl.min(low, 1, keep_dims=True), tl.reduce(high, 1, maximum, keep_dims=True)  # [GROUPS, 1]
-        scale, inverse, origin, limit, finite = group_steps(low, high, DTYPE, LEVELS)
+        whole = is_whole(low, high)
+        marks = some(whole == 0)
+        if marks:
+            low, high = known_extremes(values, 2 * KEEP)
+        scale, inverse, zero, limit = group_steps(low, high, whole, DTYPE, LEVELS)
         key, codes = tl.load(seed_ptr) ^ salt_key, ()
         for i in tl.static_range(2 * KEEP):
-            position = tl.minimum((values[i] * 0.5 - origin) * inverse, limit).to(tl.int32)
+            position = tl.minimum((values[i] * 0.5 - zero * 0.5) * inverse, limit).to(tl.int32)
             draws = noise(key, (pair * 2 + i // KEEP) * BLOCK, places[i])
-            codes = codes + (((position + draws) >> FRACTION) & LEVELS,)
+            code = ((position + draws) >> FRACTION) & LEVELS
+            if marks:
+                code = mark(code, values[i], whole, LEVELS)
+            codes = codes + (code,)
         _store_fields(values_ptr, codes, pair, exists, VALUE_BITS)
-        tl.store(scale_ptr + group, tl.where(finite, scale, float("nan")).to(tl.bfloat16), mask=exists)
-        tl.store(zero_ptr + group, tl.where(finite, low, float("nan")).to(DTYPE), mask=exists)
+        tl.store(scale_ptr + group, scale.to(tl.bfloat16), mask=exists)
+        tl.store(zero_ptr + group, zero.to(DTYPE), mask=exists)
 
 
 @triton.jit(do_not_specialize=["num_groups"])
@@ -142,7 +159,7 @@ def _densify_positions_kernel(
         scale, zero = load_steps(scale_ptr, zero_ptr, group, group < num_groups)
         codes = _load_fields(values_ptr, pair, exists, 2 * KEEP, VALUE_BITS)
         for i in tl.static_range(2 * KEEP):
-            values = values + (zero + scale * codes[i].to(tl.float32),)
+            values = values + (decode(codes[i], scale, zero, 2**VALUE_BITS - 1),)
     for half in tl.static_range(2):
         x = tl.zeros([GROUPS, PAIRS, BLOCK], tl.float32)
         for j in tl.static_range(KEEP):

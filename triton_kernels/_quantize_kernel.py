@@ -8,7 +8,8 @@ the fields that end up in one byte lying at the same place of different tiles: p
 threads, and only the minimum and maximum of a group do.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="assignment,misc"
-# ruff: noqa: N803, N806, RUF005, SIM300  (constants of a kernel are uppercase; Triton has no starred tuples)
+# ruff: noqa: N803, N806, RUF005, SIM102, SIM300  (constants of a kernel are uppercase; Triton has no starred tuples,
+# and decides about constants alone while it compiles)
 
 from collections.abc import Sequence
 
@@ -60,29 +61,88 @@ def maximum(x, y):
 
 
 @triton.jit
-def group_steps(low, high, DTYPE: tl.constexpr, LEVELS: tl.constexpr):
-    """What a group's elements are encoded with, from their minimum and maximum.
+def is_finite(x):
+    """Whether numbers are neither infinite nor nan."""
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit
+def is_whole(low, high):
+    """Whether all elements of a group are finite, from their minimum and maximum."""
+    return is_finite(high * 0.5 - low * 0.5)
+
+
+@triton.jit
+def some(flags):
+    """Whether any of a program's flags is set. What few groups need is left out where none of a program does."""
+    return tl.max(flags.to(tl.int32)) != 0
+
+
+@triton.jit
+def known_extremes(tiles, PARTS: tl.constexpr):
+    """Minimum and maximum of the finite elements of each group, 0 where there are none: [GROUPS, 1]."""
+    low = tl.where(is_finite(tiles[0]), tiles[0], float("inf"))
+    high = tl.where(is_finite(tiles[0]), tiles[0], -float("inf"))
+    for part in tl.static_range(1, PARTS):
+        low = tl.minimum(low, tl.where(is_finite(tiles[part]), tiles[part], float("inf")))
+        high = tl.maximum(high, tl.where(is_finite(tiles[part]), tiles[part], -float("inf")))
+    low, high = tl.min(low, 1, keep_dims=True), tl.max(high, 1, keep_dims=True)
+    return tl.where(low <= high, low, 0.0), tl.where(low <= high, high, 0.0)
+
+
+@triton.jit
+def group_steps(low, high, whole, DTYPE: tl.constexpr, LEVELS: tl.constexpr):
+    """What a group's elements are encoded with, from the minimum and maximum of the finite ones.
 
     Returns:
-        The scale; what a halved distance from the halved minimum is multiplied with to give a position in units of
-        2**-FRACTION_BITS; the halved minimum; the highest position; and whether the group is finite. tl.minimum passes
-        over nan: at a limit of 0 every position of a group that holds inf or nan is 0.
+        The scale; what a halved distance from the halved zero is multiplied with to give a position in units of
+        2**-FRACTION_BITS; the zero; and the highest position. A group that is not ``whole`` has that of the negated
+        elements, with one level less.
     """
-    spread = high * 0.5 - low * 0.5
-    finite = tl.abs(spread) < float("inf")
+    sign = tl.where(whole, 1.0, -1.0)
+    low, high = tl.where(whole, low, -high), tl.where(whole, high, -low)
+    top = tl.where(whole, LEVELS * 1.0, LEVELS - 1.0) if LEVELS > 1 else 1.0
     if DTYPE == tl.float16:
         largest = _LARGEST_FLOAT16
     elif DTYPE == tl.bfloat16:
         largest = _LARGEST_BFLOAT16
     else:
         largest = _LARGEST_FLOAT32
-    room = tl.div_rn(tl.minimum(largest * 0.5 - low * 0.5, _MAX_SPREAD), LEVELS * 1.0) * 2.0
-    raw = tl.minimum(tl.div_rn(spread, LEVELS * 1.0) * 2.0, room)
+    room = tl.div_rn(tl.minimum(largest * 0.5 - low * 0.5, _MAX_SPREAD), top) * 2.0
+    raw = tl.minimum(tl.div_rn(high * 0.5 - low * 0.5, top) * 2.0, room)
     raw = tl.minimum(tl.maximum(raw, _MIN_SCALE), _MAX_SCALE).to(tl.int32, bitcast=True)
     above = ((raw + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)
     scale = tl.where(above <= room, above, (raw & -0x10000).to(tl.float32, bitcast=True))
-    limit = tl.where(finite, LEVELS * _FRACTION_SCALE, 0.0)
-    return scale, tl.div_rn(2.0, scale) * _FRACTION_SCALE, low * 0.5, limit, finite
+    return scale * sign, tl.div_rn(2.0, scale) * _FRACTION_SCALE * sign, low * sign, top * _FRACTION_SCALE
+
+
+@triton.jit
+def mean_level(codes, tiles, scale, zero, PARTS: tl.constexpr):
+    """The mean of what the finite elements of each group come back as at 1 bit: [GROUPS, 1]."""
+    known = is_finite(tiles[0]).to(tl.int32)
+    ones = codes[0] * known
+    for part in tl.static_range(1, PARTS):
+        also_known = is_finite(tiles[part]).to(tl.int32)
+        known, ones = known + also_known, ones + codes[part] * also_known
+    known, ones = tl.sum(known, 1, keep_dims=True), tl.sum(ones, 1, keep_dims=True)
+    share = tl.div_rn(ones.to(tl.float32), tl.maximum(known, 1).to(tl.float32))
+    # 16 significant bits: the product is exact.
+    return zero + scale * (share.to(tl.int32, bitcast=True) & -0x100).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def mark(code, x, whole, LEVELS: tl.constexpr):
+    """The codes of a tile as they are stored: the highest for inf and nan."""
+    if LEVELS == 1:
+        code = tl.where(whole, code, 0)
+    return tl.where(is_finite(x), code, LEVELS)
+
+
+@triton.jit
+def decode(code, scale, zero, LEVELS: tl.constexpr):
+    """``decode_values``."""
+    marked = tl.where(scale < 0, LEVELS, -1)
+    return tl.where(code == marked, float("nan"), zero + scale * code.to(tl.float32))
 
 
 @triton.jit
@@ -148,20 +208,32 @@ def _quantize_kernel(
     for part in tl.static_range(1, PARTS):
         low, high = tl.minimum(low, values[part]), maximum(high, values[part])
     low, high = tl.min(low, 1, keep_dims=True), tl.reduce(high, 1, maximum, keep_dims=True)  # [GROUPS, 1]
-
-    scale, inverse, origin, limit, finite = group_steps(low, high, x_ptr.dtype.element_ty, LEVELS)
+    whole = is_whole(low, high)
+    marks = some(whole == 0)
+    if marks:
+        low, high = known_extremes(values, PARTS)
+    scale, inverse, zero, limit = group_steps(low, high, whole, x_ptr.dtype.element_ty, LEVELS)
 
     codes = ()
     for part in tl.static_range(PARTS):
-        position = tl.minimum((values[part] * 0.5 - origin) * inverse, limit)
+        position = tl.minimum((values[part] * 0.5 - zero * 0.5) * inverse, limit)
         codes = codes + ((position.to(tl.int32) + noise(key, start, part * WIDTH + column)) >> FRACTION,)
+    if LEVELS == 1:
+        if marks:
+            zero = tl.where(whole, zero, mean_level(codes, values, scale, zero, PARTS))
+    stored = ()
+    for part in tl.static_range(PARTS):
+        code = codes[part]
+        if marks:
+            code = mark(code, values[part], whole, LEVELS)
+        stored = stored + (code,)
 
-    _store_plane(codes_ptr, codes, group, exists, 0, LOW_BITS, PARTS, WIDTH)
+    _store_plane(codes_ptr, stored, group, exists, 0, LOW_BITS, PARTS, WIDTH)
     if HIGH_BITS:
         high_ptr = codes_ptr + num_groups * (GROUP_SIZE * LOW_BITS // 8)
-        _store_plane(high_ptr, codes, group, exists, LOW_BITS, HIGH_BITS, PARTS, WIDTH)
-    tl.store(scale_ptr + group, tl.where(finite, scale, float("nan")).to(tl.bfloat16), mask=exists)
-    tl.store(zero_ptr + group, tl.where(finite, low, float("nan")).to(zero_ptr.dtype.element_ty), mask=exists)
+        _store_plane(high_ptr, stored, group, exists, LOW_BITS, HIGH_BITS, PARTS, WIDTH)
+    tl.store(scale_ptr + group, scale.to(tl.bfloat16), mask=exists)
+    tl.store(zero_ptr + group, zero.to(zero_ptr.dtype.element_ty), mask=exists)
 
 
 @triton.jit(do_not_specialize=["num_groups"])
@@ -178,6 +250,7 @@ def _dequantize_kernel(
     GROUPS: tl.constexpr,
 ):
     """Inverse of ``_quantize_kernel``."""
+    LEVELS: tl.constexpr = 2 ** (LOW_BITS + HIGH_BITS) - 1
     PARTS: tl.constexpr = 8 // (HIGH_BITS if HIGH_BITS else LOW_BITS)
     WIDTH: tl.constexpr = GROUP_SIZE // PARTS
     row = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)  # [GROUPS]
@@ -194,7 +267,7 @@ def _dequantize_kernel(
         code = codes[part]
         if HIGH_BITS:
             code |= high[part] << LOW_BITS
-        value = zero + scale * code.to(tl.float32)  # [GROUPS, WIDTH]
+        value = decode(code, scale, zero, LEVELS)  # [GROUPS, WIDTH]
         index = group * GROUP_SIZE + (part * WIDTH + column)
         tl.store(x_ptr + index, value.to(x_ptr.dtype.element_ty), mask=index < n)
 

@@ -18,7 +18,17 @@ from torch import Tensor
 from ._hash import mix_seed
 from ._layout import from_storage_order, to_storage_order
 from ._positions_kernel import _densify_positions_kernel, _sparsify_positions_kernel
-from ._quantize_kernel import FRACTION, group_steps, maximum, noise
+from ._quantize_kernel import (
+    FRACTION,
+    decode,
+    group_steps,
+    is_whole,
+    known_extremes,
+    mark,
+    maximum,
+    noise,
+    some,
+)
 from ._topk_sizes import POSITION_BITS, check_format, empty_parts, group_numel, num_groups
 from ._topk_values import in_16_bits, load_steps, magnitude_key
 
@@ -84,13 +94,19 @@ def _sparsify_kernel(
         value = x.to(tl.float32)
         low = tl.min(tl.where(kept, value, float("inf")), 1, keep_dims=True)  # [GROUPS, 1]
         high = tl.reduce(tl.where(kept, value, -float("inf")), 1, maximum, keep_dims=True)  # [GROUPS, 1]
-        scale, inverse, origin, limit, finite = group_steps(low, high, DTYPE, LEVELS)
-        position = tl.minimum((tl.where(kept, value, low) * 0.5 - origin) * inverse, limit).to(tl.int32)
+        whole = is_whole(low, high)
+        marks = some(whole == 0)
+        if marks:
+            low, high = known_extremes((tl.where(kept, value, float("nan")),), 1)
+        scale, inverse, zero, limit = group_steps(low, high, whole, DTYPE, LEVELS)
+        position = tl.minimum((tl.where(kept, value, low) * 0.5 - zero * 0.5) * inverse, limit).to(tl.int32)
         draws = noise(tl.load(seed_ptr) ^ salt_key, start, column)
         codes = ((position + draws) >> FRACTION) & LEVELS  # [GROUPS, BLOCK]
+        if marks:
+            codes = mark(codes, value, whole, LEVELS)
         _store_codes(values_ptr, codes, rank, kept & exists, first, row, KEEP, VALUE_BITS)
-        tl.store(scale_ptr + group, tl.where(finite, scale, float("nan")).to(tl.bfloat16), mask=exists)
-        tl.store(zero_ptr + group, tl.where(finite, low, float("nan")).to(DTYPE), mask=exists)
+        tl.store(scale_ptr + group, scale.to(tl.bfloat16), mask=exists)
+        tl.store(zero_ptr + group, zero.to(DTYPE), mask=exists)
 
 
 @triton.jit
@@ -137,7 +153,7 @@ def _densify_kernel(
         scale, zero = load_steps(scale_ptr, zero_ptr, row, row < num_groups)
         byte = tl.load(values_ptr + group * NBYTES + rank * VALUE_BITS // 8, mask=kept, other=0).to(tl.int32)
         code = (byte >> (rank * VALUE_BITS % 8)) & (2**VALUE_BITS - 1)
-        value = tl.where(kept, zero + scale * code.to(tl.float32), 0.0)
+        value = tl.where(kept, decode(code, scale, zero, 2**VALUE_BITS - 1), 0.0)
     index = group * BLOCK + column
     tl.store(x_ptr + index, value.to(x_ptr.dtype.element_ty), mask=index < n)
 

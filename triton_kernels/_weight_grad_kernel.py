@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._quantize_kernel import load_plane
+from ._quantize_kernel import decode, load_plane
 from .quantize import PLANES
 from .weight_grad import check_operands
 
@@ -93,6 +93,7 @@ def _weight_grad_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """``quantized_weight_grad_reference`` for one tile and the rows of one split."""
+    LEVELS: tl.constexpr = 2 ** (LOW_BITS + HIGH_BITS) - 1
     PARTS: tl.constexpr = 8 // (HIGH_BITS if HIGH_BITS else LOW_BITS)
     WIDTH: tl.constexpr = GROUP_SIZE // PARTS
     BYTES: tl.constexpr = BLOCK_K // PARTS
@@ -122,7 +123,7 @@ def _weight_grad_kernel(
             code = codes[part]
             if HIGH_BITS:
                 code |= high[part] << LOW_BITS
-            values = values + ((zero + scale * code.to(tl.float32)).to(grad.dtype),)
+            values = values + (decode(code, scale, zero, LEVELS).to(grad.dtype),)
         acc = tl.dot(grad, _side_by_side(values, PARTS), acc, input_precision="ieee")
 
     # Back from the order of the bytes: columns of one part lie side by side.

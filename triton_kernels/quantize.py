@@ -15,7 +15,16 @@ j + G * w / 8, j + 2 * G * w / 8, ... from its low bits up. ``scale`` and ``zero
 Error: the noise of one element has mean 0 and variance f * (1 - f) * scale**2, f the fractional part of its position.
 Constant groups come back exactly. Where the highest level would lie beyond the dtype's largest number the scale is
 rounded down, and it exceeds neither 2**126 nor float32's largest number / (2**bits - 1): what lies above the highest
-level then comes back as that level. A group that holds inf or nan comes back as nan, all of it and nothing else.
+level then comes back as that level.
+
+Inf and nan come back as nan, both of them, and alone: a group that holds some has a negative scale, which marks it, and
+in such a group the highest code means nan. Its finite elements have the codes below, upside down:
+
+    zero  = max(finite)
+    scale = -(zero - min(finite)) / (2**bits - 2)                 bf16, its magnitude rounded as above
+
+At 1 bit no code is left between zero and nan: there zero is the mean of what the finite elements would come back as in
+a group of their own, and they all come back as that.
 
 Bit-exactness: every product that feeds a sum is exact (a bf16 scale times a code of at most 8 bits, a power of two
 times a float), so contraction to FMA changes nothing and the reference, the compiled CPU code and the Triton kernel
@@ -101,26 +110,45 @@ def encode_values(groups: Tensor, bits: int, draws: Tensor) -> tuple[Tensor, Ten
     values = groups.float()
     low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
     # Halves, so that the spread of huge values does not overflow; exact.
-    spread = high * 0.5 - low * 0.5
-    finite = spread.abs() < math.inf
+    whole = (high * 0.5 - low * 0.5).abs() < math.inf
+    known = None if whole.all() else values.isfinite()
+    if known is not None:
+        low, high = known_extremes(values, known)
+    # Marked groups are those of the negated elements, with one level less.
+    sign = torch.where(whole, 1, -1).float()
+    low, high = torch.where(whole, low, -high), torch.where(whole, high, -low)
     # A tensor: on CUDA, torch divides by a number by multiplying with its reciprocal.
-    divisor = torch.full((), float(levels), dtype=torch.float32, device=values.device)
+    top = torch.where(whole, levels, max(levels - 1, 1)).float()
     # Neither the highest level nor its distance from the zero may lie beyond the largest number.
-    room = (torch.finfo(groups.dtype).max * 0.5 - low * 0.5).clamp(max=MAX_SPREAD) / divisor * 2.0
-    raw = torch.minimum(spread / divisor * 2.0, room).clamp(MIN_SCALE, MAX_SCALE).view(torch.int32)
+    room = (torch.finfo(groups.dtype).max * 0.5 - low * 0.5).clamp(max=MAX_SPREAD) / top * 2.0
+    raw = torch.minimum((high * 0.5 - low * 0.5) / top * 2.0, room).clamp(MIN_SCALE, MAX_SCALE).view(torch.int32)
     above = ((raw + _BF16_CARRY) & _BF16_MASK).view(torch.float32)
     scale = torch.where(above <= room, above, (raw & _BF16_MASK).view(torch.float32))
 
-    inverse, origin, mask = 2.0 / scale, low * 0.5, finite.to(torch.int32) * levels
-    position = ((values * 0.5 - origin) * inverse).clamp(max=levels)
+    inverse, scale, zero = 2.0 / scale * sign, scale * sign, low * sign
+    position = torch.minimum((values * 0.5 - zero * 0.5) * inverse, top)
     fixed = (position * float(2**FRACTION_BITS)).to(torch.int32)
-    rounded = (fixed + draws) >> FRACTION_BITS
-    # What a non-finite position converts to differs between machines: such groups get the code 0 throughout.
-    codes = rounded & mask
+    codes = (fixed + draws) >> FRACTION_BITS
+    if known is not None:
+        if bits == 1:
+            zero = torch.where(whole, zero, zero + scale * _share(codes, known))
+            codes = torch.where(whole, codes, 0)
+        # What a non-finite position converts to differs between machines.
+        codes = torch.where(known, codes, levels)
+    return codes, scale.to(torch.bfloat16).view(-1), zero.to(groups.dtype).view(-1)
 
-    scale = torch.where(finite, scale, math.nan).to(torch.bfloat16)
-    zero = torch.where(finite, low, math.nan).to(groups.dtype)
-    return codes, scale.view(-1), zero.view(-1)
+
+def known_extremes(values: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of the elements that are ``known``, 0 where there are none."""
+    low = values.masked_fill(~known, math.inf).amin(1, keepdim=True)
+    high = values.masked_fill(~known, -math.inf).amax(1, keepdim=True)
+    return torch.where(low <= high, low, 0.0), torch.where(low <= high, high, 0.0)
+
+
+def _share(codes: Tensor, known: Tensor) -> Tensor:
+    """Mean of the ``known`` codes of 1 bit, cut to 16 significant bits: its product with a scale is exact."""
+    ones = torch.where(known, codes, 0).sum(1, keepdim=True).float()
+    return ((ones / known.sum(1, keepdim=True).clamp(min=1).float()).view(torch.int32) & -0x100).view(torch.float32)
 
 
 def pack_planes(codes: Tensor, bits: int) -> Tensor:
@@ -153,8 +181,13 @@ def dequantize_reference(
 
 def decode_groups(planes: Sequence[Tensor], scale: Tensor, zero: Tensor, bits: int, group_size: int) -> Tensor:
     """The inverse of the formula: planes, uint8 [num_groups, bytes], to float32 [num_groups, group_size]."""
-    code = unpack_planes(planes, bits, group_size)
-    return zero.float().unsqueeze(1) + scale.float().unsqueeze(1) * code.float()
+    return decode_values(unpack_planes(planes, bits, group_size), scale.unsqueeze(1), zero.unsqueeze(1), bits)
+
+
+def decode_values(codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """The inverse of ``encode_values`` in float32; ``scale`` and ``zero`` are [num_groups, 1]."""
+    value = zero.float() + scale.float() * codes.float()
+    return torch.where((scale < 0) & (codes == 2**bits - 1), math.nan, value)
 
 
 def split_planes(codes: Tensor, bits: int, group_size: int) -> list[Tensor]:

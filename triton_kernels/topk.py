@@ -31,8 +31,8 @@ itself costs 0.35.
 
 Error: a pruned element's is its magnitude, which no kept one of its block is below: no other choice of as many elements
 leaves a smaller sum of squares. A kept element's is 0 at 16 bits (float32: 2**-8 of it, or 2**-134), else below
-``scale``, with mean 0 over seeds given what is kept. Inf and nan are kept before all else and come back as what they
-are at 16 bits, alone; at 8 and 4 bits all that is kept of their group comes back as nan.
+``scale``, with mean 0 over seeds given what is kept. Inf and nan are kept before all else and come back alone: as what
+they are at 16 bits, as nan at 8 and 4 bits.
 
 Source: Back Razor (NeurIPS 2022), whose masks keep all of a sample that is mostly zeros; bisection after RTop-K (ICLR
 2025); blocks, exact counts, layout and rounding are this project's.
@@ -49,7 +49,7 @@ from ._hash import mix_seed, noise_at
 from ._layout import from_storage_order, to_storage_order
 from ._select import kept_positions, select_largest
 from ._topk_sizes import POSITION_BITS, check_format, empty_parts, group_nbytes, group_numel
-from .quantize import encode_values
+from .quantize import decode_values, encode_values
 
 
 def sparsify_reference(
@@ -159,7 +159,7 @@ def densify_groups(parts: Sequence[Tensor], keep: int, block: int, value_bits: i
     index, values, scale, zero = parts
     if value_bits < 16:
         codes = unpack_fields(values, value_bits)[:, : group_numel(block) // block * keep]
-        values = zero.float() + scale.float() * codes.float()
+        values = decode_values(codes, scale, zero, value_bits)
     kept_values = values.to(dtype).reshape(-1, keep)
     if block in POSITION_BITS:
         position = unpack_fields(index, POSITION_BITS[block]).view(-1, keep).long()

@@ -32,6 +32,15 @@ def test_rounding_variance_does_not_depend_on_the_chunks(monkeypatch: pytest.Mon
     assert torch.equal(_chunked.rounding_variance(x, (2, 4), 64), whole)
 
 
+def test_what_is_not_finite_has_no_variance_and_takes_a_level() -> None:
+    x = torch.arange(64.0)
+    x[5], x[40] = torch.nan, -torch.inf
+    (variance,) = _chunked.rounding_variance(x, (2,), 64)
+    fraction = (x[x.isfinite()] / (63 / 2)).frac()
+    assert variance.item() == pytest.approx((fraction * (1 - fraction)).sum().item() / 64 * (63 / 2) ** 2, rel=1e-5)
+    assert _chunked.rounding_variance(torch.full((64,), torch.nan), (2,), 64).item() == 0
+
+
 def test_memory_is_that_of_the_results() -> None:
     x = torch.randn(2**22)
     codes = torch.ops.actcompile.quantize(x, 4, 256, SEED, 0)

@@ -135,11 +135,26 @@ def test_transposed_readers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
-def test_groups_that_are_not_finite(number: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", PLANES)
+def test_groups_that_are_not_finite(number: float, bits: int, tmp_path: Path) -> None:
     x = torch.randn(4, GROUP_SIZE)
-    x[1, 7] = number
-    value = assert_encoded(lambda x: x * 2.0, [x], 4, tmp_path)
+    x[1, 7], x[2] = number, number
+    value = assert_encoded(lambda x: x * 2.0, [x], bits, tmp_path)
     assert value[1].isfinite().sum() == GROUP_SIZE - 1
+
+
+@pytest.mark.parametrize("bits", PLANES)
+def test_decoding_groups_that_are_not_finite(bits: int, tmp_path: Path) -> None:
+    x = torch.randn(4, GROUP_SIZE)
+    x[1, 7], x[2], x[3, 0] = math.inf, math.nan, 1e38
+    codes = quantize(x, bits, GROUP_SIZE, SEED, 3)
+
+    def decode(*codes: Tensor) -> Tensor:
+        return dequantize(*codes, bits, GROUP_SIZE, x.shape, x.stride(), x.dtype) * 0.5
+
+    (got,) = run(generate(trace(decode, *codes)), list(codes), tmp_path)
+    assert_same_bits(got, decode(*codes))
+    assert torch.equal(got.isfinite(), x.isfinite())
 
 
 def test_extremes(tmp_path: Path) -> None:

@@ -88,6 +88,18 @@ def test_strides_of_the_gradient(device: torch.device) -> None:
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("bits", PLANES)
+def test_nan_reaches_its_own_column_alone(bits: int, device: torch.device) -> None:
+    x, grad_out = torch.randn(50, 512, device=device), torch.ones(50, 33, device=device)
+    x[7, 300] = torch.inf
+    encoded = quantize_reference(x, bits, GROUP_SIZE, torch.tensor(SEED, device=device), 0)
+    arguments = (grad_out, *encoded, bits, GROUP_SIZE, 512, False)
+    actual = kernel.launch_weight_grad(*arguments, splits=1, config=kernel.FULL_CONFIGS[0])
+    assert actual.isnan().nonzero()[:, 1].unique().tolist() == [300]
+    expected = quantized_weight_grad_reference(*arguments)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4, equal_nan=True)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_broken_groups_and_nothing_beyond_the_end(transposed: bool, device: torch.device) -> None:
     """A group that holds nan reaches its own columns alone; the rest of poisoned memory stays as it was."""
