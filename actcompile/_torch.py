@@ -208,11 +208,10 @@ def compile_pair(
     partitioner: CustomPartitionerFn | None,
     interpret: Interpret | None,
     settings: dict[str, Any],
-    is_cached: bool = True,
 ) -> Callable[..., Any]:
     """Compiles ``graph`` with Inductor, or what ``interpret`` makes of it, after ``partitioner`` split it.
 
-    Code from AOTAutograd's cache comes without a call of ``partitioner``, unless that is left out (``is_cached``).
+    Code from AOTAutograd's cache comes without a call of ``partitioner``.
     """
     patches = dict(settings)
     options: dict[str, Any] = {}
@@ -223,7 +222,7 @@ def compile_pair(
         patches = {"fallback_random": True, **patches}
         options["inner_compile"] = functools.partial(_inner_compile, interpret)
     # Code that Inductor made must not be taken where the graph is to be interpreted.
-    caches = {} if interpret is None and is_cached else _NO_AUTOGRAD_CACHE
+    caches = {} if interpret is None else _NO_AUTOGRAD_CACHE
     with functorch_config.patch(caches), _rules_of_dtypes_made_once():
         return compile_fx(graph, list(inputs), config_patches=patches, **options)  # type: ignore[return-value]
 

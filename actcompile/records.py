@@ -91,9 +91,11 @@ class GraphRecord:
 
         ``trace_again`` gives a record of a partition of now, for what is only found from graphs.
         """
+        if not self.rows:
+            # An interpreted graph of before has the same.
+            self.count_baseline = lambda: trace_again().baseline_nbytes
         self.rows, self.plan, self.timeline = list(rows), plan, timeline
         self.step, self._trace_again = None, trace_again
-        self.count_baseline = lambda: trace_again().baseline_nbytes
 
     def measure(self, rows: Sequence[SavedTensor], plan: Plan) -> None:
         """Fills in what a forward that is not planned ahead stored."""

@@ -54,24 +54,26 @@ class Names:
 
 @dataclass(frozen=True)
 class Found:
-    """What the partitioner found out about a graph with these ``names``; ``bodies`` are what its code calls."""
+    """What the partitioner found out about a graph.
+
+    ``bodies`` are those that its code calls, and ``lines`` those of ``Names``.
+    """
 
     rows: tuple[SavedTensor, ...]
     plan: Plan
     timeline: Timeline | None
     bodies: Bodies
-    names: Names
+    lines: tuple[str, ...]
 
     @classmethod
     def by(cls, record: GraphRecord, bodies: Bodies, names: Names) -> "Found":
         """What ``record`` was filled in with."""
-        return cls(tuple(record.rows), record.plan, record.timeline, bodies, names)
+        return cls(tuple(record.rows), record.plan, record.timeline, bodies, names.lines)
 
-    def renamed(self, names: Names) -> "Found":
-        """The same for a graph whose names have an equal key."""
-        lines = dict(zip(self.names.lines, names.lines, strict=True))
-        rows = tuple(replace(row, source=lines.get(row.source, row.source)) for row in self.rows)
-        return replace(self, rows=rows, names=names)
+    def rows_of(self, names: Names) -> list[SavedTensor]:
+        """The rows of a graph whose names have an equal key."""
+        lines = dict(zip(self.lines, names.lines, strict=True))
+        return [replace(row, source=lines.get(row.source, row.source)) for row in self.rows]
 
 
 @dataclass(frozen=True)
@@ -93,18 +95,16 @@ class Traced:
         shapes = (value.shape if isinstance(value, torch.Tensor) else (value,) for value in self.inputs)
         return tuple(hint(size) for shape in shapes for size in shape if isinstance(size, torch.SymInt))
 
-    def compile(
-        self, partitioner: "Partitioner", interpret: Interpret | None, is_cached: bool = True
-    ) -> Callable[..., Any]:
+    @property
+    def has_backward(self) -> bool:
+        """Whether autograd hands on a gradient of anything that it returns."""
+        outputs = (node.meta.get("example_value") for node in self.graph.graph.output_node().all_input_nodes)
+        return any(isinstance(value, torch.Tensor) and value.requires_grad for value in outputs)
+
+    def compile(self, partitioner: "Partitioner", interpret: Interpret | None) -> Callable[..., Any]:
         """Compiles it, or interprets it; see ``compile_pair``."""
-        graph = copied(self.graph)
         return compile_pair(
-            graph,
-            self.inputs,
-            partitioner=partitioner,
-            interpret=interpret,
-            settings=self.settings,
-            is_cached=is_cached,
+            copied(self.graph), self.inputs, partitioner=partitioner, interpret=interpret, settings=self.settings
         )
 
 
@@ -112,14 +112,8 @@ def load_or_compile(traced: Traced, partitioner: "Partitioner", interpret: Inter
     """Compiles ``traced``, or takes its code from torch's caches; either way the partitioner's record is filled in."""
     with _handed_over() as received:
         compiled = traced.compile(partitioner, interpret)
-    if partitioner.kept.found is not None:
+    if partitioner.kept.found is not None or not traced.has_backward:
         return compiled
-    if not received:
-        log.warning("torch's cache holds code of a graph, but not what is stored for its backward: it is compiled anew")
-        return traced.compile(partitioner, interpret, is_cached=False)
-    # Of several entries under one key, whose guards differ, the last that was read was taken.
-    found = received[-1].renamed(traced.names)
-    found.bodies.start_compiling()
     reenter, record = reentrant_tracing(), partitioner.record
 
     @functools.cache
@@ -129,7 +123,15 @@ def load_or_compile(traced: Traced, partitioner: "Partitioner", interpret: Inter
             traced.compile(partitioner.for_record(again), interpret_plainly)
         return again
 
-    record.restore(found.rows, found.plan, found.timeline, trace_again)
+    if received:
+        # Of several entries under one key, whose guards differ, the last that was read was taken.
+        found = received[-1]
+        found.bodies.start_compiling()
+        record.restore(found.rows_of(traced.names), found.plan, found.timeline, trace_again)
+    else:
+        # A release of torch that does not keep what hangs on a backward; the key still says what is found now.
+        again = trace_again()
+        record.restore(again.rows, again.plan, again.timeline, trace_again)
     log.info("%s, loaded from torch's cache", record.stored_summary())
     return compiled
 
