@@ -8,6 +8,7 @@ graph from Dynamo                                     act
      -> plan                                          planner.py, or following.py where one is given
      -> rewritten forward and backward                passes/
   -> Triton or C++ code, or an interpreter            lowering="eager"
+  or all of it from torch's caches                    warm_start.py
 """
 
 import functools
