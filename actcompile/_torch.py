@@ -7,7 +7,7 @@ import re
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -99,6 +99,8 @@ TRAINING_SETTINGS: dict[str, Any] = {
     # Copies of images and kernels in channels_last would be saved, and codes made of a copy back.
     "layout_optimization": False,
 }
+
+_NO_AUTOGRAD_CACHE = {"enable_autograd_cache": False, "enable_remote_autograd_cache": False}
 
 # What fake tensors raise where a model branches on the values of real ones.
 NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
@@ -260,14 +262,33 @@ def reentrant_tracing() -> Callable[[], AbstractContextManager[object]]:
     # Where DDP cut a model into parts, these count them, and answer the first call of each with fake tensors.
     context.ddp_optimizer_ctx, context.fakify_first_call = None, False
 
+    autocast = _autocast()
+
     @contextmanager
     def reenter() -> Iterator[None]:
         context.fw_metadata = None
         # As Dynamo does, inside of which this is not any more: compilers draw random numbers.
-        with preserve_rng_state(), tracing(context):
+        with preserve_rng_state(), tracing(context), torch.enable_grad(), autocast():
             yield
 
     return reenter
+
+
+def _autocast() -> Callable[[], AbstractContextManager[object]]:
+    """Enters the autocast that is on when this is called: graphs are traced under it."""
+    accelerator = torch.accelerator.current_accelerator()
+    devices = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    is_cached = torch.is_autocast_cache_enabled()
+    states = [(name, torch.get_autocast_dtype(name), torch.is_autocast_enabled(name)) for name in devices]
+
+    @contextmanager
+    def enter() -> Iterator[None]:
+        with ExitStack() as stack:
+            for name, dtype, is_enabled in states:
+                stack.enter_context(torch.autocast(name, dtype, is_enabled, is_cached))
+            yield
+
+    return enter
 
 
 def compile_pair(
@@ -278,7 +299,10 @@ def compile_pair(
     interpret: Interpret | None,
     settings: dict[str, Any],
 ) -> Callable[..., Any]:
-    """Compiles ``graph`` with Inductor, or what ``interpret`` makes of it, after ``partitioner`` split it."""
+    """Compiles ``graph`` with Inductor, or what ``interpret`` makes of it, after ``partitioner`` split it.
+
+    Code from AOTAutograd's cache comes without a call of ``partitioner``.
+    """
     patches = dict(settings)
     options: dict[str, Any] = {}
     if partitioner is not None:
@@ -287,9 +311,9 @@ def compile_pair(
         # Inductor's random numbers would be drawn anew where the backward repeats them.
         patches = {"fallback_random": True, **patches}
         options["inner_compile"] = functools.partial(_inner_compile, interpret)
-    # A warm AOTAutograd cache never calls the partitioner: plans and reports would be empty.
-    caching = functorch_config.enable_autograd_cache and partitioner is None
-    with functorch_config.patch(enable_autograd_cache=caching), _rules_of_dtypes_made_once():
+    # Code that Inductor made must not be taken where the graph is to be interpreted.
+    caches = {} if interpret is None else _NO_AUTOGRAD_CACHE
+    with functorch_config.patch(caches), _rules_of_dtypes_made_once():
         return compile_fx(graph, list(inputs), config_patches=patches, **options)  # type: ignore[return-value]
 
 

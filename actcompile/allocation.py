@@ -13,8 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import block_diag
 
 # Tensors up to which an integer program is solved, nodes of its search, and the share by which it has to be better.
 _FEW = 64
@@ -87,6 +85,10 @@ def _improved(
     cost = costs[picked].sum()
     if len(options) > _FEW or cost <= 0 or limit <= 0:
         return chosen
+    # Few graphs come here, and importing it takes half of what importing everything else of this package does.
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import block_diag
+
     one_each = LinearConstraint(block_diag([np.ones((1, len(ways))) for ways in options]), 1, 1)
     # Options that alone cost more or weigh more than the whole choice would only spoil the scale of the numbers.
     within = LinearConstraint(np.minimum(weights / limit, 1)[None], -np.inf, 1)

@@ -8,9 +8,11 @@ graph from Dynamo                                     act
      -> plan                                          planner.py, or following.py where one is given
      -> rewritten forward and backward                passes/
   -> Triton or C++ code, or an interpreter            lowering="eager"
+  or all of it from torch's caches                    warm_start.py
 """
 
 import functools
+import hashlib
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +34,6 @@ from ._torch import (
     belongs_to_module,
     check_cpp_compiler,
     compile_pair,
-    copied,
     get_hash_for_files,
     hands_on,
     interpret_plainly,
@@ -53,7 +54,7 @@ from .passes import run_passes
 from .passes._naming import call_sites
 from .passes.crossing import crossings
 from .passes.fuse_weight_grad import fuse_weight_grad
-from .passes.lower import lower_codecs, start_compiling_bodies
+from .passes.lower import Bodies, lower_codecs, start_compiling_bodies
 from .passes.partition import baseline, partition
 from .passes.weight_operands import is_weight_operand
 from .plan import Plan, Role
@@ -62,6 +63,7 @@ from .rng import next_seed
 from .sample_pruning import prune_by_samples
 from .sensitivity import Probe
 from .solving import found_plan, replan, solved_again, solved_plan
+from .warm_start import Found, Kept, Traced, load_or_compile
 
 log = logging.getLogger(__name__)
 
@@ -134,9 +136,11 @@ def compile_graph(
     # What Dynamo made of the inputs is there once only; later they would be traced with dynamic shapes.
     values = traced_inputs(seeded, [*inputs, fake_seed])
 
+    traced = Traced(seeded, values, settings)
+
     def compile_with(plan: Plan | None, interpret: Interpret | None) -> Callable[..., Any]:
-        partitioner = Partitioner(config, roles, record, plan, interpret is None, is_part)
-        return compile_pair(copied(seeded), values, partitioner=partitioner, interpret=interpret, settings=settings)
+        partitioner = Partitioner(config, roles, record, plan, interpret is None, is_part, traced)
+        return load_or_compile(traced, partitioner, interpret)
 
     compiled: Callable[..., Any]
     if config.automatic:
@@ -265,6 +269,7 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
         plan: Plan | None = None,
         lowered: bool = True,
         is_part: bool = False,
+        traced: Traced | None = None,
     ) -> None:
         self.config = config
         self.roles = roles
@@ -272,6 +277,8 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
         self.plan = plan
         self.lowered = lowered
         self.is_part = is_part
+        self.traced = traced
+        self.kept = Kept()
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -299,18 +306,31 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
             fuse_weight_grad(pair, plan)
             start_compiling_bodies(pair)
         self.record.finish(rows, plan, pair)
+        if self.traced is not None:
+            self.kept.hang_on(pair.backward, Found.by(self.record, Bodies.of(pair), self.traced.names))
         if log.isEnabledFor(logging.INFO):
             log.info("%s", self.record.summary())
         return pair.forward, pair.backward
+
+    def for_record(self, record: records.GraphRecord) -> "Partitioner":
+        """The same, filling in another record."""
+        return Partitioner(self.config, self.roles, record, self.plan, self.lowered, self.is_part, self.traced)
 
     def __reduce__(self) -> tuple[Callable[[object], object], tuple[object]]:
         """Copies and pickles are the uuid: Inductor's cache makes them of all its settings, and keeps them."""
         return _identity, (self.uuid(),)
 
     def uuid(self) -> object:
-        """What the compiled code depends on besides the graph: this package's sources, the settings, and whose inputs
-        and outputs are."""
-        return get_hash_for_files(_sources(), repr((self.config, self.plan, self.roles, self.is_part)))
+        """What the compiled code depends on besides the graph: this package's sources and the settings.
+
+        Dynamo's graph becomes the two that are compiled by the roles, names and sizes of its tensors; those two hold
+        what came of these.
+        """
+        known: list[object] = [_sources(), self.config, self.plan]
+        if self.traced is not None and self.kept.found is None:
+            known += [self.roles, self.is_part, self.record.num_calls]
+            known += [self.traced.names.key(), self.traced.sizes]
+        return hashlib.sha256(repr(known).encode()).digest()
 
 
 def _identity(value: object) -> object:
@@ -318,10 +338,12 @@ def _identity(value: object) -> object:
 
 
 @functools.cache
-def _sources() -> tuple[str, ...]:
+def _sources() -> bytes:
+    """A hash of all files of this package, sources of kernels and tables of measured times among them."""
     packages = (sys.modules[f"actcompile{name}"] for name in ("", ".passes", ".triton_kernels"))
     folders = (Path(path) for package in packages for path in package.__path__)
-    return tuple(sorted(str(source) for folder in folders for source in folder.glob("*.py")))
+    paths = sorted(str(path) for folder in folders for path in folder.iterdir() if path.is_file())
+    return get_hash_for_files(tuple(paths))
 
 
 def input_role(placeholder: fx.Node, value: Any, padding: str | None = None) -> Role:

@@ -37,6 +37,7 @@ class GraphRecord:
         # That of the code whose peak is predicted; explain interprets graphs that training will compile.
         self.lowering = config.lowering
         self.step: CompiledStep | None = None
+        self._trace_again: Callable[[], GraphRecord] | None = None
         self._settings = dict(settings or {})
         self.rows: list[SavedTensor] = []
         self.plan = Plan()
@@ -95,6 +96,25 @@ class GraphRecord:
             stored = sum(stored_nbytes(row, plan[row.key]) for row in rows if row.role is Role.ACTIVATION)
             self.probe.see(pair, self.timeline.peak_nbytes - stored)
 
+    def restore(
+        self,
+        rows: Sequence[SavedTensor],
+        plan: Plan,
+        timeline: Timeline | None,
+        crossings: Mapping[str, Crossing],
+        trace_again: "Callable[[], GraphRecord]",
+    ) -> None:
+        """Fills in what the partitioner found when the code was compiled that a cache holds.
+
+        ``trace_again`` gives a record of a partition of now, for what is only found from graphs.
+        """
+        if not self.rows:
+            # An interpreted graph of before has the same.
+            self.count_baseline = lambda: trace_again().count_baseline()
+        self.rows, self.plan, self.timeline = list(rows), plan, timeline
+        self.crossings = dict(crossings)
+        self.step, self._trace_again = None, trace_again
+
     def measure(self, rows: Sequence[SavedTensor], plan: Plan) -> None:
         """Fills in what a forward that is not planned ahead stored."""
         self.rows, self.plan = list(rows), plan
@@ -110,6 +130,8 @@ class GraphRecord:
 
     def symbolic_timeline(self) -> SymbolicTimeline:
         """The same of the compiled code, in the symbolic sizes of the graph."""
+        if self.step is None and self._trace_again is not None:
+            self.step = self._trace_again().step
         assert self.step is not None
         return self.step.timeline
 
@@ -135,11 +157,12 @@ class GraphRecord:
 
     def summary(self) -> str:
         """One line for the log."""
+        return f"{self.stored_summary()}, {self.baseline_nbytes / 2**20:.1f} MiB with torch.compile"
+
+    def stored_summary(self) -> str:
+        """Its first half, which takes no partition to find out."""
         counted = [row for row in self.rows if row.role in (Role.ACTIVATION, Role.BOUNDARY)]
-        return (
-            f"{len(counted)} saved tensors, {counted_nbytes(self.rows, self.plan) / 2**20:.1f} MiB stored, "
-            f"{self.baseline_nbytes / 2**20:.1f} MiB with torch.compile"
-        )
+        return f"{len(counted)} saved tensors, {counted_nbytes(self.rows, self.plan) / 2**20:.1f} MiB stored"
 
 
 def add(config: Config, roles: Sequence[Role], sites: tuple[str, ...], settings: Mapping[str, Any]) -> GraphRecord:

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -105,11 +105,14 @@ def measure_variants(variants: list[str], layers: int, pairs: int) -> dict[str, 
 
 
 def summarize(
-    variant: str, runs: list[dict[str, Any]], base: list[dict[str, Any]] | None
+    variant: str,
+    runs: Sequence[Mapping[str, Any]],
+    base: Sequence[Mapping[str, Any]] | None,
+    names: Sequence[str] = ("compile_s", "compile_cpu_s"),
 ) -> dict[str, str | float | None]:
     """One row: medians, their ratios to ``base``, and the best values, which other work disturbs least."""
     row: dict[str, str | float | None] = {"variant": variant}
-    for name in ("compile_s", "compile_cpu_s"):
+    for name in names:
         for prefix, pick in (("", statistics.median), ("best_", min)):
             value = pick([run[name] for run in runs])
             row[prefix + name] = round(value, 2)

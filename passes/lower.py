@@ -14,7 +14,7 @@ Interpreted graphs keep the operators.
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -140,8 +140,24 @@ def _split(decoder: fx.Node) -> None:
 
 def start_compiling_bodies(pair: GraphPair) -> None:
     """Compiles the bodies of operators on the CPU while the forward, which calls them first, is compiled."""
-    start_compiling(compiled_formats(pair))
-    start_compiling_sparse(_sparse_formats(pair))
+    Bodies.of(pair).start_compiling()
+
+
+class Bodies(NamedTuple):
+    """The formats whose compiled bodies a forward calls: one source serves several, so that all are named at once."""
+
+    dense: tuple[Format, ...]
+    sparse: tuple[SparseFormat, ...]
+
+    @classmethod
+    def of(cls, pair: GraphPair) -> "Bodies":
+        """Those of ``pair``."""
+        return cls(tuple(compiled_formats(pair)), tuple(_sparse_formats(pair)))
+
+    def start_compiling(self) -> None:
+        """Compiles what is not there yet, while the caller goes on."""
+        start_compiling(self.dense)
+        start_compiling_sparse(self.sparse)
 
 
 def _sparse_formats(pair: GraphPair) -> list[SparseFormat]:
