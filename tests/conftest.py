@@ -11,6 +11,15 @@ import actcompile
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what is marked "families" unless an expression after -m names it."""
+    if "families" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("families")]
+    items[:] = [item for item in items if not item.get_closest_marker("families")]
+    config.hook.pytest_deselected(items=left_out)
+
+
 @pytest.fixture(autouse=True)
 def fresh_state() -> Iterator[None]:
     """Nothing compiled, nothing recorded, fixed seeds."""

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import sys
 import time
 import warnings
 from collections import Counter
@@ -12,6 +13,7 @@ import torch
 from tabulate import tabulate
 
 from tests.operators.cases import module_cases, module_names, operator_cases, operator_names
+from tests.operators.exempt import EXEMPT
 from tests.operators.measuring import LEVELS, RIGHT, SKIPPED, Outcome, measure
 
 
@@ -27,9 +29,8 @@ def run(only: list[str], samples: int, seconds: float, shard: tuple[int, int], o
             outcomes += found
             for outcome in found:
                 if outcome.status not in (RIGHT, SKIPPED):
-                    print(
-                        f"{outcome.case:50s} {outcome.level:2s} {outcome.status:14s} {outcome.error:9.3g} {outcome.note}"
-                    )
+                    line = f"{outcome.case:50s} {outcome.level:2s} {outcome.status:14s} {outcome.error:9.3g}"
+                    print(line, outcome.note, EXEMPT.get(name, ""), flush=True)
             if out is not None:
                 _write(out, found)
     return outcomes
@@ -42,6 +43,12 @@ def tally(outcomes: list[Outcome]) -> str:
     rows = [[level or "none", *(counts[level, status] for status in statuses)] for level in ("", *LEVELS)]
     with_codes = sum(outcome.codes > 0 for outcome in outcomes if outcome.level == "4")
     return tabulate(rows, ["level", *statuses]) + f"\ncases that store codes at 4 bits: {with_codes}"
+
+
+def is_wrong(outcome: Outcome) -> bool:
+    """Whether ``outcome`` is neither right nor for a stated reason."""
+    name = outcome.case.rpartition(" #")[0]
+    return outcome.status not in (RIGHT, SKIPPED) and name not in EXEMPT
 
 
 def _write(path: Path, outcomes: list[Outcome]) -> None:
@@ -67,7 +74,10 @@ def main() -> None:
     part, parts = map(int, arguments.shard.split("/"))
     outcomes = run(arguments.names, arguments.samples, arguments.seconds, (part, parts), arguments.out)
     print(tally(outcomes))
+    wrong = sorted({outcome.case for outcome in outcomes if is_wrong(outcome)})
+    print(f"{len(wrong)} cases are wrong without a stated reason", *wrong, sep="\n    ")
     print(f"{time.perf_counter() - start:.0f} s")
+    sys.exit(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from tests.operators.cases import SEED, Case
 LEVELS = ("L0", "8", "4")
 DRAWS = 5
 
-# Codes of tensors of a few elements, in the smallest groups: padded to larger ones they would take more than the tensor.
+# Codes of few elements, in the smallest groups: padded to larger ones they would take more than the tensor.
 _SETTINGS = {"min_numel": 1, "group_size": 32, "lowering": "eager"}
 
 # What a level's error may be, relative to the gradient: rounding of other operators, and noise of codes.
