@@ -176,18 +176,18 @@ def _summary(error: Exception) -> str:
 
 @contextmanager
 def _limited(seconds: float) -> Iterator[None]:
-    """Raises TimeIsUpError inside after ``seconds``."""
+    """Raises TimeIsUpError inside after ``seconds`` of this process's work, and again where that is swallowed."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise TimeIsUpError
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds, 1.0)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 @contextmanager
