@@ -30,6 +30,7 @@ from ._torch import (
     check_cpp_compiler,
     compile_pair,
     copied,
+    count_in_signed_integers,
     get_hash_for_files,
     interpret_plainly,
     is_fake,
@@ -218,6 +219,8 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Called by AOTAutograd with the joint graph."""
+        if not self.lowered:
+            count_in_signed_integers(gm)
         self.record.count_baseline = baseline(gm, joint_inputs, **kwargs)
         pair = partition(
             gm,
