@@ -200,7 +200,7 @@ def _images(name: str, make: Callable[[], nn.Module], narrow: bool = False, quic
 
 
 FAMILIES = (
-    _images("resnet", resnet, narrow=True, quick=True),
+    _images("resnet", resnet, narrow=True),
     _images("vgg", vgg),
     _images("densenet", densenet),
     _images("mobilenet-v2", mobilenet, narrow=True),
@@ -210,7 +210,7 @@ FAMILIES = (
     Family(name="wavenet", build=classified(wavenet, 4, 1, 512)),
     Family(name="tcn", build=classified(tcn, 4, 4, 512)),
     Family(
-        name="fully convolutional regression",
+        name="instance normalization",
         build=regressed(
             lambda: nn.Sequential(nn.Linear(4, 256), nn.InstanceNorm1d(1024), nn.CELU(), nn.Linear(256, 2)),
             lambda: torch.randn(1, 1024, 4),

@@ -43,7 +43,17 @@ class Exempt:
     ratio: float | None = None
 
 
-EXEMPT: Mapping[tuple[str, str], Exempt] = {}
+_MASKS = "ReLU's backward reads a mask: one bit beside four of the code, 32 / 5.125 = 6.2 times less"
+_POOLS = f"{_MASKS}; an index of max-pooling takes a byte"
+
+EXEMPT: Mapping[tuple[str, str], Exempt] = {
+    ("mlp, ReLU", "fp32"): Exempt(reason=_MASKS, ratio=6.1),
+    ("nerf", "fp32"): Exempt(reason=_MASKS, ratio=6.2),
+    ("vq-vae", "fp32"): Exempt(reason=_MASKS, ratio=6.2),
+    ("normalizing flow", "fp32"): Exempt(reason=f"{_MASKS}; the logarithm of each determinant is exact", ratio=5.7),
+    ("resnet", "fp32"): Exempt(reason=_POOLS, ratio=5.9),
+    ("vgg", "fp32"): Exempt(reason=_POOLS, ratio=5.1),
+}
 
 
 def complaints(row: Row) -> list[str]:

@@ -220,7 +220,7 @@ FAMILIES = (
             (nn.PReLU, False),
         )
     ),
-    Family(name="swiglu, gate 0.6", build=swiglu(0.6), narrow=True, quick=True),
+    Family(name="swiglu, gate 0.6", build=swiglu(0.6), narrow=True),
     Family(name="swiglu, gate 3", build=swiglu(3.0), narrow=True, quick=True),
     _network(
         "attention by hand", lambda: nn.Sequential(Attention(), Attention(), Mean(), nn.Linear(128, 10)), 6, 128, 128

@@ -60,7 +60,6 @@ FAMILIES = (
         name="llama",
         needs="transformers",
         narrow=True,
-        quick=True,
         build=_decoder("LlamaForCausalLM", num_key_value_heads=2, **_WIDE),
     ),
     Family(
