@@ -1,6 +1,7 @@
 """Table of model families with compressed activations: ``python -m tests.families``."""
 
 import argparse
+import sys
 import time
 import traceback
 import warnings
@@ -83,6 +84,7 @@ def main() -> None:
     print(tabulate(table, _HEADERS, disable_numparse=True))
     print(tabulate(missed, ("family", "precision", "bits", "goal that is missed"), disable_numparse=True))
     print(f"{len(chosen)} cases, {time.perf_counter() - start:.0f} s")
+    sys.exit(bool(missed))
 
 
 if __name__ == "__main__":
