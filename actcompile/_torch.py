@@ -62,6 +62,7 @@ __all__ = [
     "compile_in_place",
     "compile_pair",
     "copied",
+    "count_in_signed_integers",
     "current_frame",
     "default_store",
     "fake_mode_for",
@@ -330,7 +331,15 @@ def _rules_of_dtypes_made_once() -> Iterator[None]:
 def _inner_compile(
     interpret: Interpret, graph: fx.GraphModule, inputs: Sequence[Any], is_backward: bool = False, **kwargs: Any
 ) -> Callable[..., Any]:
+    count_in_signed_integers(graph)
     return interpret(graph, is_backward)
+
+
+def count_in_signed_integers(graph: fx.GraphModule) -> None:
+    """Lets ranges that Inductor counts in uint16, such as those of ``eye``, be interpreted: no kernel makes them."""
+    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.prims.iota.default):
+        if node.kwargs["dtype"] in (torch.uint16, torch.uint32, torch.uint64):
+            node.update_kwarg("dtype", torch.int64)
 
 
 def interpret_plainly(graph: fx.GraphModule, is_backward: bool) -> Callable[[list[Any]], Any]:

@@ -34,6 +34,7 @@ from ._torch import (
     belongs_to_module,
     check_cpp_compiler,
     compile_pair,
+    count_in_signed_integers,
     get_hash_for_files,
     hands_on,
     interpret_plainly,
@@ -284,6 +285,8 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Called by AOTAutograd with the joint graph."""
+        if not self.lowered:
+            count_in_signed_integers(gm)
         self.record.count_baseline = baseline(gm, joint_inputs, self.roles, **kwargs)
         pair = partition(
             gm,

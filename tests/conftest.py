@@ -12,12 +12,14 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """2,000 random programs run where they are asked for by name: ``pytest -m properties``."""
-    if "properties" not in config.option.markexpr:
-        skip = pytest.mark.skip(reason="takes long: run it by pytest -m properties")
-        for item in items:
-            if item.get_closest_marker("properties"):
-                item.add_marker(skip)
+    """What takes long runs where it is asked for by name: ``pytest -m properties``, ``pytest -m families``."""
+    left_out = [item for item in items if _is_left_out(item, config.option.markexpr)]
+    items[:] = [item for item in items if item not in set(left_out)]
+    config.hook.pytest_deselected(items=left_out)
+
+
+def _is_left_out(item: pytest.Item, expression: str) -> bool:
+    return any(item.get_closest_marker(name) and name not in expression for name in ("properties", "families"))
 
 
 @pytest.fixture(autouse=True)

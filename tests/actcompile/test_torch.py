@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 
 import actcompile
@@ -40,3 +41,18 @@ def test_dropout_with_random_numbers_of_eager_compiles() -> None:
     torch.testing.assert_close(*losses)
     losses[0].backward()
     assert actcompile.report(model).rows
+
+
+@pytest.mark.parametrize("options", [{"bits": 4}, {"bits": 4, "auto": True}])
+def test_ranges_that_inductor_counts_unsigned_are_interpreted(options: dict[str, object]) -> None:
+    size = 300
+    weight = torch.ones(size, requires_grad=True)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return ((x * weight) @ torch.eye(size, 2)).square().sum()
+
+    x = torch.randn(3, size)
+    torch.compile(loss, backend="act", options={**options, "lowering": "eager"})(x).backward()
+    expected = torch.zeros(size)
+    expected[:2] = 2 * (x[:, :2] ** 2).sum(0)
+    torch.testing.assert_close(weight.grad, expected)
