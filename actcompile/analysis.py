@@ -23,7 +23,7 @@ from .passes._naming import module_path, operator_name, source_line
 from .passes._noise_paths import unsafe_placeholders
 from .passes._views import VALUE_PRESERVING_OPS, storage, value_chain
 from .passes._weight_grads import WeightGrad, WeightGrads
-from .passes.held import HeldValues
+from .passes.held import HeldValues, is_product
 from .passes.snapshot_inputs import is_snapshot, written_by
 from .plan import Recomputation, Role, SavedTensor
 from .triton_kernels._layout import storage_permutation
@@ -45,6 +45,8 @@ _REDUCTIONS = (
     *("_native_batch_norm_legit", "_native_batch_norm_legit_functional", "native_batch_norm", "std", "norm"),
     *("_fused_rms_norm", "linalg_vector_norm", "max", "min"),
 )
+# Operators between a tensor and its reduction: views, a residual added, a square.
+_NEAR = 5
 # A result this many times smaller than what it was reduced from is a statistic.
 _STATISTIC_RATIO = 8
 
@@ -142,7 +144,7 @@ def _describe(pair: GraphPair, slot: Slot, returned: set[fx.Node], is_weight: bo
         symbolic_shape=tuple(str(size) for size in value.shape),
         dtype=value.dtype,
         numel=hint(value.numel()),
-        row_length=_row_length(value),
+        row_length=_row_length(source),
         nbytes=hint(value.numel()) * value.element_size(),
         role=role,
         index_range=_index_range(value_chain(source)[-1]),
@@ -155,15 +157,39 @@ def _describe(pair: GraphPair, slot: Slot, returned: set[fx.Node], is_weight: bo
     )
 
 
-def _row_length(value: torch.Tensor) -> int:
-    """The size of the last dimension of ``value`` in memory, what is expanded left out; 0 where it is symbolic, or
-    where there are no others.
+def _row_length(source: fx.Node) -> int:
+    """The size of the last dimension of ``source`` in memory, what is expanded left out, where rows of it are reduced
+    to one number each, as normalizations do; 0 where they are not, where it is symbolic, or where there are no others.
     """
+    value = source.meta["val"]
     layout = zip(value.shape, value.stride(), strict=True)
     sizes = [1 if guard_or_false(stride == 0) else size for size, stride in layout]
     order = storage_permutation(sizes, value.stride())
     lengths = [sizes[dim] for dim in order if not guard_or_false(sizes[dim] == 1)]
-    return lengths[-1] if len(lengths) > 1 and isinstance(lengths[-1], int) else 0
+    length = lengths[-1] if len(lengths) > 1 and isinstance(lengths[-1], int) else 0
+    return length if length and _is_reduced(value_chain(source)[-1], hint(value.numel()) // length) else 0
+
+
+def _is_reduced(node: fx.Node, num_rows: int) -> bool:
+    """Whether ``node``, or what a few operators make of its elements, is reduced to ``num_rows`` numbers, or was
+    multiplied by such: the backward multiplies by them once more.
+    """
+    if any(_numel(source) == num_rows for source in node.all_input_nodes):
+        return True
+    nodes, numel = {node}, hint(node.meta["val"].numel())
+    for _ in range(_NEAR):
+        users = {user for one in nodes for user in one.users}
+        if any(_numel(user) == num_rows for user in users if operator_name(user) in _REDUCTIONS):
+            return True
+        nodes = {user for user in users if is_tensor(user) and _numel(user) == numel and not is_product(user)}
+    return False
+
+
+def _numel(node: fx.Node) -> int:
+    """Elements of the first tensor that ``node`` yields."""
+    value = node.meta.get("val")
+    first = value[0] if isinstance(value, tuple | list) and value else value
+    return hint(first.numel()) if isinstance(first, torch.Tensor) else 0
 
 
 def _recomputation(slot: Slot, keys: Mapping[fx.Node, str]) -> Recomputation | None:
