@@ -45,6 +45,8 @@ _REDUCTIONS = (
     *("_native_batch_norm_legit", "_native_batch_norm_legit_functional", "native_batch_norm", "std", "norm"),
     *("_fused_rms_norm", "linalg_vector_norm", "max", "min"),
 )
+_MATRIX_PRODUCTS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default})
+
 # Operators between a tensor and its reduction: views, a residual added, a square.
 _NEAR = 5
 # A result this many times smaller than what it was reduced from is a statistic.
@@ -158,16 +160,24 @@ def _describe(pair: GraphPair, slot: Slot, returned: set[fx.Node], is_weight: bo
 
 
 def _row_length(source: fx.Node) -> int:
-    """The size of the last dimension of ``source`` in memory, what is expanded left out, where rows of it are reduced
-    to one number each, as normalizations do; 0 where they are not, where it is symbolic, or where there are no others.
+    """Elements of a row of ``source``: of what a matrix product yields, or what is reduced row by row as in
+    normalizations, the last dimension in memory. 0 where it has no rows, or where these are of symbolic size.
     """
-    value = source.meta["val"]
+    root = value_chain(source)[-1]
+    own, whole = _last_in_memory(source.meta["val"]), _last_in_memory(root.meta["val"])
+    if root.target in _MATRIX_PRODUCTS and whole % max(1, own) == 0:
+        # Heads of one token are parts of its row.
+        return whole
+    return own if own and _is_reduced(root, hint(source.meta["val"].numel()) // own) else 0
+
+
+def _last_in_memory(value: torch.Tensor) -> int:
+    """The size of the last dimension in memory, what is expanded left out; 0 where it is symbolic or the only one."""
     layout = zip(value.shape, value.stride(), strict=True)
     sizes = [1 if guard_or_false(stride == 0) else size for size, stride in layout]
     order = storage_permutation(sizes, value.stride())
     lengths = [sizes[dim] for dim in order if not guard_or_false(sizes[dim] == 1)]
-    length = lengths[-1] if len(lengths) > 1 and isinstance(lengths[-1], int) else 0
-    return length if length and _is_reduced(value_chain(source)[-1], hint(value.numel()) // length) else 0
+    return lengths[-1] if len(lengths) > 1 and isinstance(lengths[-1], int) else 0
 
 
 def _is_reduced(node: fx.Node, num_rows: int) -> bool:
