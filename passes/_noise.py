@@ -24,7 +24,7 @@ from torch import fx
 from ._bounded import constant_of, is_bounded
 from ._fx import is_tensor
 from ._noise_rules import FACTORIZATIONS, LINEAR, LINEAR_BACKWARD, PRODUCTS
-from ._views import VIEW_OPS, storage
+from ._views import VIEW_OPS
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -101,6 +101,8 @@ class Noise:
         self._above: dict[fx.Node, tuple[fx.Node, ...]] = {}
         # Cuts, and what is free but demands one of as many elements.
         self._on_cuts: set[fx.Node] = set()
+        # Such cuts, repeated.
+        self._spread: set[fx.Node] = set()
         for node in self._nodes:
             if not self._tainted.isdisjoint(node.all_input_nodes):
                 self._tainted.add(node)
@@ -200,6 +202,10 @@ class Noise:
             if kind is Kind.CUT or reads_cuts:
                 unit = self._unit_of(node, kind)
             self._kinds[node] = kind if unit is None else Kind.UNIT
+            if node.target in VIEW_OPS and not reads_cuts:
+                # One for each row, repeated.
+                source = node.all_input_nodes[0]
+                self._spread |= {node} if source in self._on_cuts or source in self._spread else set()
             follows = reads_cuts and (_is_pointwise(node) or node.target in VIEW_OPS)
             if _is_float(node) and (unit.root in self._on_cuts if unit is not None else kind is Kind.CUT or follows):
                 self._on_cuts.add(node)
@@ -238,8 +244,8 @@ class Noise:
         """
         value = node.meta["val"]
         for factor in node.all_input_nodes:
-            if factor in self._on_cuts and storage(factor).meta["val"].numel() * 2 <= value.numel():
-                length = _row_length(storage(factor).meta["val"], value)
+            if factor in self._on_cuts or factor in self._spread:
+                length = _row_length(_before_expanding(factor).meta["val"], value)
                 if length is not None and length % SMALLEST_GROUP:
                     return any(self.is_noisy(other) and other is not factor for other in node.all_input_nodes)
         return False
@@ -302,6 +308,12 @@ def _row_length(factor: torch.Tensor, value: torch.Tensor) -> int | None:
     is_row = num_outer < len(shape) and all(size == 1 for size in shape[num_outer:])
     length = math.prod(value.shape[num_outer:])
     return length if is_row and isinstance(length, int) else None
+
+
+def _before_expanding(node: fx.Node) -> fx.Node:
+    while node.target is aten.expand.default:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def delicate_nodes(nodes: Iterable[fx.Node], given: Iterable[fx.Node] = ()) -> set[fx.Node]:
