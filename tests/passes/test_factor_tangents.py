@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from actcompile.passes.factor_tangents import factor_tangents
 from actcompile.passes.insert_codecs import insert_codecs
 from actcompile.passes.pin_unstable import _noise_in
-from actcompile.plan import Action, Decision, Role
+from actcompile.plan import Action, Decision, Plan, Role
 
 from .pairs import text, trace, trace_joint
 
@@ -128,6 +128,10 @@ def test_running_twice_equals_once(function: Callable[..., Tensor]) -> None:
     assert text(factored(once)) == before
 
 
+def branches(y: Tensor) -> Tensor:
+    return torch.where(y < 2, y.exp(), y)
+
+
 FUNCTIONS: dict[str, tuple[Callable[..., Tensor], int]] = {
     "product": (product, 1),
     "logarithm": (logarithm, 1),
@@ -136,8 +140,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], int]] = {
     "selu": (lambda w, x: F.selu(x @ w), 1),
     "quotient": (lambda w, v, x: (x @ w) / ((x @ v).abs() + 0.1), 2),
     "norm": (lambda w, x: F.normalize(x @ w, dim=1), 1),
-    "branches": (lambda w, x: torch.where(x @ w < 1, (x @ w).exp(), x @ w), 1),
-    "other branches": (lambda w, x: torch.where(x @ w < 1, x @ w, (x @ w).exp() / 2), 1),
+    "branches": (lambda w, x: branches(x @ w), 1),
 }
 
 
@@ -161,8 +164,8 @@ def quotient(w: Tensor, v: Tensor, x: Tensor) -> Tensor:
 
 GUARDED: list[Callable[..., Tensor]] = [
     quotient,
-    lambda w, v, x: torch.where(6 * x @ w < 2, (6 * x @ w).exp(), x @ v),
-    lambda w, v, x: torch.where(6 * x @ w < 2, (6 * x @ w).exp(), 6 * x @ w) * (x @ v).square(),
+    lambda w, v, x: branches(x @ w * 6) + x @ v,
+    lambda w, v, x: branches(x @ w * 6) * (x @ v).square(),
     lambda w, v, x: torch.where(x @ w > 0.1, (x @ w) ** -2.0, 0.0) + x @ v,
 ]
 
@@ -175,8 +178,8 @@ def test_what_is_not_selected_makes_no_noise(function: Callable[..., Tensor], re
     traced = trace(function, weight(64, 64), weight(64, 64), torch.randn(32, 64) / 8, recompute=recompute)
     exact = traced.run()[1]
     codes = Decision(Action.QUANTIZE, "test", bits=8, group_size=64)
-    floats = {row.op: codes for row in traced.rows() if not row.obstacle and row.dtype == torch.float32}
+    floats = {row.key: codes for row in traced.rows() if not row.obstacle and row.dtype == torch.float32}
     assert floats
-    insert_codecs(traced.pair, traced.keep_all(**floats))
+    insert_codecs(traced.pair, Plan({**traced.keep_all(), **floats}))
     for noisy, one in zip(traced.run()[1], exact, strict=True):
         assert (noisy - one).norm() < 0.05 * one.norm()
