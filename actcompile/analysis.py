@@ -269,8 +269,9 @@ def is_statistic(node: fx.Node) -> bool:
             if largest >= _STATISTIC_RATIO * numel:
                 return True
         elif largest <= numel:
-            # What repeats a statistic lies in its memory.
-            pending.extend(n for n in above if hint(storage(n).meta["val"].numel()) == numel)
+            # What repeats a statistic lies in less memory, a part of one in more.
+            alike = [n for n in above if hint(n.meta["val"].numel()) == numel]
+            pending.extend(n for n in alike if hint(storage(n).meta["val"].numel()) >= numel)
     return False
 
 

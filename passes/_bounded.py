@@ -143,6 +143,7 @@ def _has_lasting_ends(results: Sequence[Tensor]) -> bool:
     first, last = float(far[0]), float(far[-1])
     if max(abs(float(far[1]) - first), abs(last - float(far[-2]))) > _LEVEL * step:
         return True
-    height = max(abs(first), abs(last))
+    # A hole in what is level on both sides is a hump, turned over.
+    height = abs(last - first)
     bends = (torch.minimum((value - first).abs(), (value - last).abs()).max() for value in results)
-    return height > _LEVEL and all(float(bend) <= _MOST_BEND * height for bend in bends)
+    return max(abs(first), abs(last)) > _LEVEL and all(float(bend) <= _MOST_BEND * height for bend in bends)

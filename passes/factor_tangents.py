@@ -11,7 +11,9 @@ itself would have noise of the size of its largest values.
     1. products     of a gradient with factors, quotients by them, negation
     2. selections   between products of the same gradient, or zero
     3. sums         and differences of products of the same gradient
-    4. quotients    that stand alone: mul(g, 1 / y), so that the divisor may be stored as its inverse
+    4. masks        made of the same elements as a cut: where(m, 1 / y, 0), so that what is not selected, which may be
+                    as large as it likes, is never stored
+    5. quotients    that stand alone: mul(g, 1 / y), so that the divisor may be stored as its inverse
 
 Never touches: gradients that something else reads, factors computed from parameters alone, types that differ.
 """
@@ -19,7 +21,7 @@ Never touches: gradients that something else reads, factors computed from parame
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ from torch import fx
 
 from ._bounded import constant_of
 from ._fx import call, hint, is_tensor, tangent_dependent
-from ._noise import SMALLEST_GROUP, Noise
+from ._noise import SMALLEST_GROUP, Kind, Noise
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -52,11 +54,12 @@ class _Product:
 
 @dataclass(frozen=True)
 class _Group:
-    """Factors ``over`` and divisors ``under``, made of the same elements."""
+    """Factors ``over`` and divisors ``under``, made of the same elements, and zero where one of ``masks`` says so."""
 
     origins: frozenset[Any]
     over: list[_Factor]
     under: list[_Factor]
+    masks: tuple[tuple[Any, ...], ...] = ()
 
 
 def factor_tangents(joint: fx.GraphModule, noise: Noise) -> None:
@@ -178,7 +181,38 @@ def _both(kind: str, left: Any, right: Any, *mask: Any) -> _Product | None:
     if not given or any(value.base != given[0].base for value in given) or any(value != 0 for value in zeros):
         return None
     factors = [value.factor if isinstance(value, _Product) else 0.0 for value in (left, right)]
-    return _Product(given[0].base, (kind, *mask, *factors), tuple(step for value in given for step in value.steps))
+    factor = (kind, *mask, *factors)
+    if kind == "add":
+        factor = _complement(*map(_selection, factors)) or factor
+    return _Product(given[0].base, factor, tuple(step for value in given for step in value.steps))
+
+
+def _selection(factor: _Factor) -> tuple[Any, ...] | None:
+    """What ``factor`` selects where a mask says so, and where not; one of the two is zero."""
+    if not isinstance(factor, tuple):
+        return None
+    kind, *operands = factor
+    if kind == "where":
+        return tuple(operands) if 0.0 in operands[1:] else None
+    found = _selection(operands[0]) if kind in ("mul", "div", "neg") else None
+    if found is None:
+        return None
+    mask, *branches = found
+    others = operands[1:]
+    return mask, *(0.0 if one == 0.0 else _applied(kind, one, others) for one in branches)
+
+
+def _applied(kind: str, value: _Factor, others: Sequence[_Factor]) -> _Factor:
+    return _times(value, others[0]) if kind == "mul" else (kind, value, *others)
+
+
+def _complement(left: tuple[Any, ...] | None, right: tuple[Any, ...] | None) -> _Factor | None:
+    """The sum of two selections by the same mask, each of which is zero where the other is not."""
+    if left is None or right is None or left[0] is not right[0]:
+        return None
+    if left[1] == 0.0 == right[2]:
+        left, right = right, left
+    return ("where", left[0], left[1], right[2]) if left[2] == 0.0 == right[1] else None
 
 
 def _spread(node: fx.Node, value: Any) -> _Product | None:
@@ -237,7 +271,9 @@ def _is_worth_it(group: _Group) -> bool:
         return False
     pieces = [*group.over, *group.under]
     return (
-        bool(group.under) or len(pieces) > 1 or any(isinstance(piece, tuple) and _has_choice(piece) for piece in pieces)
+        bool(group.under or group.masks)
+        or len(pieces) > 1
+        or any(isinstance(piece, tuple) and _has_choice(piece) for piece in pieces)
     )
 
 
@@ -257,12 +293,16 @@ def _groups(node: fx.Node, product: _Product, noise: Noise) -> list[_Group]:
     over: list[_Factor] = []
     under: list[_Factor] = []
     _flatten(product.factor, over, under)
+    masks = [piece for piece in over if _is_mask(piece)]
+    over = [piece for piece in over if not _is_mask(piece)]
     groups = [_Group(frozenset(), [], [])]
     for piece, is_over in [*((piece, True) for piece in over), *((piece, False) for piece in under)]:
         origins = frozenset().union(*(noise.origins(part) for part in _parts(piece)))
         group = _Group(origins, [piece], []) if is_over else _Group(origins, [], [piece])
         alike = [one for one in groups if (one.origins & origins) or (not origins and not one.origins)]
         groups = [one for one in groups if one not in alike] + [_merged([*alike, group])]
+    for mask in masks:
+        groups = _masked(groups, mask, noise)
     exact = [group for group in groups if not group.origins]
     noisy = [group for group in groups if group.origins]
     if noisy and any(_is_of_short_rows(node, piece) for group in noisy for piece in group.over):
@@ -270,11 +310,38 @@ def _groups(node: fx.Node, product: _Product, noise: Noise) -> list[_Group]:
     return [*exact, *noisy]
 
 
+def _is_mask(piece: _Factor) -> bool:
+    """Whether it is a number where a mask says so, and zero elsewhere."""
+    if not isinstance(piece, tuple) or piece[0] != "where":
+        return False
+    return 0.0 in piece[2:] and all(isinstance(value, int | float) for value in piece[2:])
+
+
+def _masked(groups: Sequence[_Group], mask: tuple[Any, ...], noise: Noise) -> list[_Group]:
+    """``groups``, of which those with a cut made of what ``mask`` is made of select; else it is a factor as others."""
+    _, condition, left, right = mask
+    origins = noise.origins(condition)
+    alike = [
+        group
+        for group in groups
+        if group.origins & origins and (group.under or any(noise.kind(root) is Kind.CUT for root, _ in group.origins))
+    ]
+    ones = ("where", condition, float(left != 0), float(right != 0))
+    rest = left + right if alike else mask
+    return [
+        replace(group, masks=(*group.masks, ones))
+        if group in alike
+        else (group if group.origins or rest == 1.0 else replace(group, over=[*group.over, rest]))
+        for group in groups
+    ]
+
+
 def _merged(groups: Sequence[_Group]) -> _Group:
     return _Group(
         frozenset().union(*(group.origins for group in groups)),
         [piece for group in groups for piece in group.over],
         [piece for group in groups for piece in group.under],
+        tuple(mask for group in groups for mask in group.masks),
     )
 
 
@@ -336,7 +403,11 @@ class _Builder:
     def product(self, group: _Group) -> fx.Node | float:
         """The value of ``group``."""
         over = self._multiplied(group.over)
-        return over if not group.under else self._divided(over, self._multiplied(group.under))
+        value = over if not group.under else self._divided(over, self._multiplied(group.under))
+        for _, condition, left, _ in group.masks:
+            branches = [self._tensor(value), self._tensor(0.0)]
+            value = self.call(aten.where.self, condition, *(branches if left else branches[::-1]))
+        return value
 
     def _multiplied(self, factors: Sequence[_Factor]) -> fx.Node | float:
         number = math.prod(factor for factor in factors if isinstance(factor, int | float))
