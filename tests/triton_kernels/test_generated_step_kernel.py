@@ -47,7 +47,7 @@ def test_gpt(recompute: str, tmp_path: Path) -> None:
     torch.testing.assert_close(got[0], outputs[0])
     codes = [(a, b) for a, b in zip(got, outputs, strict=True) if a.dtype == torch.uint8]
     # Sums in another order move an element past its threshold now and then.
-    assert len(codes) == {"none": 12, "cheap": 8}[recompute]
+    assert len(codes) == {"none": 12, "cheap": 7}[recompute]
     assert all((a != b).float().mean() < 0.01 for a, b in codes)
 
     gradients = run(generate(graphs[1], is_backward=True), saved, tmp_path)
