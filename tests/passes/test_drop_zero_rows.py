@@ -59,11 +59,16 @@ def test_only_the_picked_row_is_saved() -> None:
 
 
 def test_what_a_picked_row_is_multiplied_with_is_computed_for_it_alone() -> None:
-    """The forward computes no whole derivative of gelu to save one row of it."""
+    """Neither graph computes a whole derivative of gelu for one row of it."""
     traced = trace(lambda *inputs: torch.tanh(encode(*inputs)[:, 0]), *INPUTS)
-    forward = traced.pair.forward.graph
-    exps = forward.find_nodes(op="call_function", target=torch.ops.aten.exp.default)
-    assert [node.meta["val"].shape for node in exps] == [(BATCH, 1, 16)]
+    forward, backward = (
+        [
+            node.meta["val"].shape
+            for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.exp.default)
+        ]
+        for module in (traced.pair.forward, traced.pair.backward)
+    )
+    assert (forward, backward) == ([], [(BATCH, 1, 16)])
 
 
 def test_products_of_weights_have_as_many_rows_as_samples() -> None:
