@@ -33,7 +33,7 @@ def by_act(recompute: str) -> Compile:
 
 
 def shift(w: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """Writes ``t`` after products of it were multiplied by the weight; only the products are read by autograd's formulas."""
+    """Writes ``t`` after products of it were multiplied by the weight; autograd's formulas read the products alone."""
     y = torch.abs(t[:, None] * t) @ w
     t.mul_(-1)
     return y * x
