@@ -308,7 +308,7 @@ def test_frozen_lower_layers_store_nothing() -> None:
     model, x = layers(), torch.randn(64, 64)
     model[:2].requires_grad_(False)
     compiled(model, recompute="none")(x).sum().backward()
-    assert {row.module for row in actcompile.report(model).rows if row.counts} == {"1", "2", "3"}
+    assert {row.module for row in actcompile.report(model).rows if row.counts} == {"1", "3"}
     assert model[0].weight.grad is None
 
 
