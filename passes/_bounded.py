@@ -138,12 +138,12 @@ def _is_gentle(steps: Steps, x: Tensor, value: Tensor) -> bool:
 
 
 def _has_lasting_ends(results: Sequence[Tensor]) -> bool:
-    """Whether the function leaves zero for good on one side, and goes no further from there than it has come."""
+    """Whether the function grows for good on one side, or is a step that goes little beyond its two levels."""
     far, step = results[-1], _SCALES[-1] * 2 * _WIDTH / (_POINTS - 1)
     first, last = float(far[0]), float(far[-1])
     if max(abs(float(far[1]) - first), abs(last - float(far[-2]))) > _LEVEL * step:
         return True
-    # A hole in what is level on both sides is a hump, turned over.
+    # A constant beside a hump makes no step of it: tanh(x)^2 is as little of one as 1 - tanh(x)^2.
     height = abs(last - first)
     bends = (torch.minimum((value - first).abs(), (value - last).abs()).max() for value in results)
-    return max(abs(first), abs(last)) > _LEVEL and all(float(bend) <= _MOST_BEND * height for bend in bends)
+    return height > _LEVEL and all(float(bend) <= _MOST_BEND * height for bend in bends)

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from ._bounded import constant_of
 from ._fx import call, hint, is_tensor, tangent_dependent
@@ -132,7 +133,12 @@ def _broadcast(product: _Product, node: fx.Node) -> _Product | None:
     value, result = product.steps[-1].meta["val"], node.meta["val"]
     if value.dtype != result.dtype or value.dim() != result.dim() or product.factor == 1.0:
         return None
-    return _spread_by((aten.expand.default, list(result.shape)), product)
+    pairs = list(zip(value.shape, result.shape, strict=True))
+    # A graph takes no symbolic size as it is; -1 leaves one as it is.
+    sizes = [new if isinstance(new, int) else -1 for _, new in pairs]
+    if not all(isinstance(new, int) or guard_or_false(old == new) for old, new in pairs):
+        return None
+    return _spread_by((aten.expand.default, sizes), product)
 
 
 def _is_alike(value: fx.Node, node: fx.Node) -> bool:
@@ -148,7 +154,8 @@ def _fits(node: fx.Node) -> Any:
         if not isinstance(operand, fx.Node):
             return True
         value = operand.meta["val"]
-        return value.dtype in (result.dtype, torch.bool) and value.device == result.device
+        # A number that depends on sizes, as the mean of a symbolic batch divides by, is no tensor.
+        return is_tensor(operand) and value.dtype in (result.dtype, torch.bool) and value.device == result.device
 
     return fits
 

@@ -80,8 +80,8 @@ def partition(
     if lossy:
         joint.graph = fx_graph_cse(joint.graph)
         num_outputs = pin_unstable(joint, num_fwd_outputs, input_roles)
-        # Functions that stand in one node look alike.
-        settings["cse"] = False
+        # Functions that stand in one node look alike, and have sizes that are not theirs.
+        settings |= {"cse": False, "ban_recompute_reductions": False}
     lasting = [i for i in static_lifetime_input_indices if i < len(input_roles) and input_roles[i] is Role.PARAMETER]
     with functorch_config.patch(settings):
         forward, backward = min_cut_rematerialization_partition(

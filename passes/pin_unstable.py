@@ -29,7 +29,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from actcompile.plan import Role
 
-from ._fx import call, graph_outputs, roles_of_inputs, tangent_dependent
+from ._fx import call, graph_outputs, hint, roles_of_inputs, tangent_dependent
 from ._noise import Noise, Unit
 from .factor_tangents import factor_tangents
 from .held import is_product
@@ -38,6 +38,10 @@ aten = torch.ops.aten
 
 # Nodes that stand for a bounded function carry its graph and its value under this name.
 _UNIT = "actcompile_unit"
+# Under this name reductions carry what the user said about them.
+_REDUCTION = "actcompile_reduction"
+# What reads more than this many times the bytes that it yields is a reduction to the partitioner.
+_REDUCTION_RATIO = 4
 _USER_RECOMPUTES = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
 # Whose values, and what is made of them alone, are never noisy.
 _EXACT_ROLES = (Role.PARAMETER, Role.BUFFER, Role.SEED)
@@ -53,11 +57,12 @@ def pin_unstable(joint: fx.GraphModule, num_forward_outputs: int, input_roles: S
     noise = _noise_in(joint, num_forward_outputs, input_roles)
     demands = noise.demands()
     pinned = [node for node in graph.nodes if (node in demands.cuts or node in demands.fixed) and _may_pin(node)]
+    _ban_reductions(graph)
     _fold(graph, demands.units)
     for node in pinned:
-        if node.target is operator.getitem:
-            node.all_input_nodes[0].meta["recompute"] = CheckpointPolicy.MUST_SAVE
-        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        for one in (node, *(node.all_input_nodes if node.target is operator.getitem else ())):
+            one.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+            one.meta.pop(_REDUCTION, None)
     output = graph.output_node()
     values = graph_outputs(graph)
     output.args = ([*values[:num_forward_outputs], *pinned, *values[num_forward_outputs:]],)
@@ -88,6 +93,8 @@ def unfold(graph: fx.Graph) -> None:
     """Puts the operators of bounded functions in the place of the nodes that stand for them."""
     made: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
+        if _REDUCTION in node.meta:
+            node.meta["recompute"] = node.meta.pop(_REDUCTION)
         unit, value = node.meta.pop(_UNIT, (None, None))
         if node.op != "call_function" and value is not None:
             node.meta["val"] = value
@@ -115,6 +122,26 @@ def _may_pin(node: fx.Node) -> bool:
 
 def _is_recomputed(node: fx.Node) -> bool:
     return node.meta.get("recompute") in _USER_RECOMPUTES
+
+
+def _ban_reductions(graph: fx.Graph) -> None:
+    """Marks what the partitioner would tell by its size: operators that yield far less than they read.
+
+    Not by the sizes that stand for bounded functions: a product with one is no reduction.
+    """
+    dependent = tangent_dependent(graph)
+    for node in graph.nodes:
+        if _may_pin(node) and node not in dependent and node.target is not operator.getitem:
+            read = sum(_nbytes(value) for value in node.args if isinstance(value, fx.Node))
+            if _nbytes(node) * _REDUCTION_RATIO < read:
+                node.meta[_REDUCTION] = node.meta.get("recompute")
+                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def _nbytes(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    values = value if isinstance(value, tuple | list) else (value,)
+    return sum(hint(one.numel()) * one.element_size() for one in values if isinstance(one, torch.Tensor))
 
 
 def _fold(graph: fx.Graph, units: dict[fx.Node, Unit]) -> None:
