@@ -354,7 +354,7 @@ def _operands(node: fx.Node) -> list[tuple[fx.Node, int]]:
 
 def _nodes_in(argument: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
-    fx.node.map_arg(argument, lambda value: found.append(value) or value)
+    fx.node.map_arg(argument, found.append)
     return found
 
 

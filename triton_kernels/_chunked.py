@@ -97,7 +97,8 @@ def rounding_variance(x: Tensor, widths: Sequence[int], group_size: int) -> Tens
 
 
 def _rounding_variance(values: Tensor, widths: Sequence[int]) -> Tensor:
-    low, high, marked = values.amin(1, keepdim=True), values.amax(1, keepdim=True), 0
+    low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
+    marked: Tensor | int = 0
     if not (high * 0.5 - low * 0.5).isfinite().all():
         known = values.isfinite()
         low, high = known_extremes(values, known)

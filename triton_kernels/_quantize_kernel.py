@@ -223,7 +223,7 @@ def _quantize_kernel(
             zero = tl.where(whole, zero, mean_level(codes, values, scale, zero, PARTS))
     stored = ()
     for part in tl.static_range(PARTS):
-        code = codes[part]
+        code = codes[part]  # type: ignore[var-annotated]
         if marks:
             code = mark(code, values[part], whole, LEVELS)
         stored = stored + (code,)
