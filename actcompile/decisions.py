@@ -8,6 +8,7 @@ import torch
 
 from .choices import CODE_BITS, EXACT_BITS
 from .config import Config
+from .passes._noise import SMALLEST_GROUP
 from .plan import Action, Decision, Profile, Pruning, Role, SavedTensor, Sensitivity
 from .triton_kernels._topk_sizes import sparsified_nbytes
 from .triton_kernels.pack_bool import packed_nbytes
@@ -20,9 +21,6 @@ _NARROW_TYPES = ((torch.uint8, 2**8), (torch.int16, 2**15), (torch.int32, 2**31)
 # Smaller tensors stay on the device: starting a transfer takes about 10 us, in which 25 GB/s move a quarter of this,
 # about what codes take.
 OFFLOAD_MIN_NBYTES = 2**20
-
-# Of fewer elements, scales and zeros would take as many bytes as codes of one bit.
-LEAST_ROW_GROUP = 64
 
 NO_FEWER_BYTES = Decision(Action.KEEP, "codes would take no fewer bytes", by_size=True)
 UNKNOWN_NOISE = Decision(Action.KEEP, "its sensitivity is not known: it was not rounded while the graph was probed")
@@ -80,7 +78,7 @@ def fitting_group_size(row_length: int, group_size: int) -> int:
     to ``group_size`` that divides a row; below 64 elements, where scales and zeros would outweigh that, they stay.
     """
     divisor = math.gcd(row_length, group_size)
-    return divisor if divisor >= LEAST_ROW_GROUP else group_size
+    return divisor if divisor >= SMALLEST_GROUP else group_size
 
 
 def nbytes_at(row: SavedTensor, bits: float, config: Config) -> float:

@@ -30,7 +30,7 @@ aten, prims = torch.ops.aten, torch.ops.prims
 
 # Operators that a function of one number may have; longer ones are cuts.
 _MOST_STEPS = 40
-# Groups of fewer elements would take too many scales and zeros.
+# Of groups with fewer elements, scales and zeros would take as many bytes as codes of one bit.
 SMALLEST_GROUP = 64
 # Roots to try.
 _MOST_ROOTS = 12
