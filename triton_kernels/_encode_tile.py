@@ -64,10 +64,10 @@ def encode_tile(
     scale, inverse, zero, limit = group_steps(low, high, whole, DTYPE, LEVELS)
     position = (values * 0.5 - zero * 0.5) * inverse
     if marks:
-        position = mark(position, limit)
+        position = mark(position)
     salt_key = (salt_high.to(tl.int64) << 32) | (salt_low.to(tl.int64) & 0xFFFFFFFF)
     key = tl.load(seed_ptr) ^ salt_key
-    codes = to_codes(position, noise(key, start, tl.arange(0, GROUP_SIZE)[None, :]), LEVELS)
+    codes = to_codes(position, limit, noise(key, start, tl.arange(0, GROUP_SIZE)[None, :]))
     if LEVELS == 1:
         zero, codes = share_level(zero, (codes,), scale, whole, marks, 1)
         codes = codes[0]

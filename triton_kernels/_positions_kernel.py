@@ -119,9 +119,9 @@ def _sparsify_positions_kernel(
         for i in tl.static_range(2 * KEEP):
             position = (values[i] * 0.5 - zero * 0.5) * inverse
             if marks:
-                position = mark(position, limit)
+                position = mark(position)
             draws = noise(key, (pair * 2 + i // KEEP) * BLOCK, places[i])
-            codes = codes + (to_codes(position, draws, LEVELS) & LEVELS,)
+            codes = codes + (to_codes(position, limit, draws) & LEVELS,)
         _store_fields(values_ptr, codes, pair, exists, VALUE_BITS)
         tl.store(scale_ptr + group, scale.to(tl.bfloat16), mask=exists)
         tl.store(zero_ptr + group, zero.to(DTYPE), mask=exists)

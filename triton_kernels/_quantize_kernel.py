@@ -116,19 +116,18 @@ def group_steps(low, high, whole, DTYPE: tl.constexpr, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def mark(position, limit):
-    """Positions where a group is not whole: at most ``limit``, and of inf and nan that of code -1.
+def mark(position):
+    """Positions of which those of inf and nan give the code -1: all its bits are set, so that the highest is stored.
 
-    All its bits are set: stored, it is the highest. A position tells what it is that of, so that no element is kept
-    until its code is known.
+    A position tells what it is that of: no element is kept until its code is known.
     """
-    return tl.where(is_finite(position), tl.minimum(position, limit), -_FRACTION_SCALE)
+    return tl.where(is_finite(position), position, -_FRACTION_SCALE)
 
 
 @triton.jit
-def to_codes(position, draws, LEVELS: tl.constexpr):
-    """Codes int32 of positions, which are rounded up where ``draws``, the noise, carry."""
-    return (tl.minimum(position, LEVELS * _FRACTION_SCALE).to(tl.int32) + draws) >> _FRACTION
+def to_codes(position, limit, draws):
+    """Codes int32 of positions, at most ``limit``, which are rounded up where ``draws``, the noise, carry."""
+    return (tl.minimum(position, limit).to(tl.int32) + draws) >> _FRACTION
 
 
 @triton.jit
@@ -235,8 +234,8 @@ def _quantize_kernel(
     for part in tl.static_range(PARTS):
         position = (values[part] * 0.5 - zero * 0.5) * inverse
         if marks:
-            position = mark(position, limit)
-        codes = codes + (to_codes(position, noise(key, start, part * WIDTH + column), LEVELS),)
+            position = mark(position)
+        codes = codes + (to_codes(position, limit, noise(key, start, part * WIDTH + column)),)
     if LEVELS == 1:
         zero, codes = share_level(zero, codes, scale, whole, marks, PARTS)
 

@@ -21,9 +21,9 @@ from ._positions_kernel import _densify_positions_kernel, _sparsify_positions_ke
 from ._quantize_kernel import (
     decode,
     group_steps,
+    is_finite,
     is_whole,
     known_extremes,
-    mark,
     maximum,
     noise,
     some,
@@ -100,10 +100,11 @@ def _sparsify_kernel(
             low, high = known_extremes((tl.where(kept, value, float("nan")),), 1)
         scale, inverse, zero, limit = group_steps(low, high, whole, DTYPE, LEVELS)
         position = (tl.where(kept, value, low) * 0.5 - zero * 0.5) * inverse
-        if marks:
-            position = mark(position, limit)
         draws = noise(tl.load(seed_ptr) ^ salt_key, start, column)
-        codes = to_codes(position, draws, LEVELS) & LEVELS  # [GROUPS, BLOCK]
+        codes = to_codes(position, limit, draws) & LEVELS  # [GROUPS, BLOCK]
+        if marks:
+            # Marked positions would spill: few elements are held, but beside their places.
+            codes = tl.where(is_finite(value), codes, LEVELS)
         _store_codes(values_ptr, codes, rank, kept & exists, first, row, KEEP, VALUE_BITS)
         tl.store(scale_ptr + group, scale.to(tl.bfloat16), mask=exists)
         tl.store(zero_ptr + group, zero.to(DTYPE), mask=exists)
