@@ -10,15 +10,15 @@ import triton
 import triton.language as tl
 
 from ._quantize_kernel import (
-    FRACTION,
     group_steps,
     is_whole,
     known_extremes,
     mark,
     maximum,
-    mean_level,
     noise,
+    share_level,
     some,
+    to_codes,
 )
 
 
@@ -48,8 +48,8 @@ def encode_tile(
         LEVELS: 2**bits - 1.
 
     Returns:
-        codes int32 [NUMEL / GROUP_SIZE, GROUP_SIZE]; scale bfloat16, zero DTYPE, the group's number int64 and whether
-        the group exists, each [NUMEL / GROUP_SIZE, 1].
+        codes int32 [NUMEL / GROUP_SIZE, GROUP_SIZE], of which the lowest bits count; scale bfloat16, zero DTYPE, the
+        group's number int64 and whether the group exists, each [NUMEL / GROUP_SIZE, 1].
     """
     GROUPS: tl.constexpr = NUMEL // GROUP_SIZE
     values = tl.reshape(x.to(DTYPE).to(tl.float32), [GROUPS, GROUP_SIZE])
@@ -62,14 +62,15 @@ def encode_tile(
     if marks:
         low, high = known_extremes((values,), 1)
     scale, inverse, zero, limit = group_steps(low, high, whole, DTYPE, LEVELS)
-    fixed = tl.minimum((values * 0.5 - zero * 0.5) * inverse, limit).to(tl.int32)
+    position = (values * 0.5 - zero * 0.5) * inverse
+    if marks:
+        position = mark(position)
     salt_key = (salt_high.to(tl.int64) << 32) | (salt_low.to(tl.int64) & 0xFFFFFFFF)
     key = tl.load(seed_ptr) ^ salt_key
-    codes = (fixed + noise(key, start, tl.arange(0, GROUP_SIZE)[None, :])) >> FRACTION
-    if marks:
-        if LEVELS == 1:
-            zero = tl.where(whole, zero, mean_level((codes,), (values,), scale, zero, 1))
-        codes = mark(codes, values, whole, LEVELS)
+    codes = to_codes(position, limit, noise(key, start, tl.arange(0, GROUP_SIZE)[None, :]))
+    if LEVELS == 1:
+        zero, codes = share_level(zero, (codes,), scale, whole, marks, 1)
+        codes = codes[0]
     scale, zero = scale.to(tl.bfloat16), zero.to(DTYPE)
     return codes, scale, zero, start // GROUP_SIZE, exists
 

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from ._quantize_kernel import (
-    FRACTION,
     decode,
     group_steps,
     is_whole,
@@ -20,6 +19,7 @@ from ._quantize_kernel import (
     maximum,
     noise,
     some,
+    to_codes,
 )
 from ._topk_sizes import POSITIONS_GROUP
 from ._topk_values import in_16_bits, load_steps, magnitude_key
@@ -117,12 +117,11 @@ def _sparsify_positions_kernel(
         scale, inverse, zero, limit = group_steps(low, high, whole, DTYPE, LEVELS)
         key, codes = tl.load(seed_ptr) ^ salt_key, ()
         for i in tl.static_range(2 * KEEP):
-            position = tl.minimum((values[i] * 0.5 - zero * 0.5) * inverse, limit).to(tl.int32)
-            draws = noise(key, (pair * 2 + i // KEEP) * BLOCK, places[i])
-            code = ((position + draws) >> FRACTION) & LEVELS
+            position = (values[i] * 0.5 - zero * 0.5) * inverse
             if marks:
-                code = mark(code, values[i], whole, LEVELS)
-            codes = codes + (code,)
+                position = mark(position)
+            draws = noise(key, (pair * 2 + i // KEEP) * BLOCK, places[i])
+            codes = codes + (to_codes(position, limit, draws) & LEVELS,)
         _store_fields(values_ptr, codes, pair, exists, VALUE_BITS)
         tl.store(scale_ptr + group, scale.to(tl.bfloat16), mask=exists)
         tl.store(zero_ptr + group, zero.to(DTYPE), mask=exists)

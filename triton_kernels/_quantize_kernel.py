@@ -8,8 +8,7 @@ the fields that end up in one byte lying at the same place of different tiles: p
 threads, and only the minimum and maximum of a group do.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="assignment,misc"
-# ruff: noqa: N803, N806, RUF005, SIM102, SIM300  (constants of a kernel are uppercase; Triton has no starred tuples,
-# and decides about constants alone while it compiles)
+# ruff: noqa: N803, N806, RUF005, SIM300  (constants of a kernel are uppercase; Triton has no starred tuples)
 
 from collections.abc import Sequence
 
@@ -26,7 +25,7 @@ from .quantize import MAX_SCALE, MAX_SPREAD, MIN_SCALE, PLANES, check_arguments,
 QUANTIZE_ELEMENTS_PER_THREAD, DEQUANTIZE_ELEMENTS_PER_THREAD = 32, 16
 MIN_WARPS, MAX_WARPS = 4, 32
 
-FRACTION = tl.constexpr(FRACTION_BITS)
+_FRACTION = tl.constexpr(FRACTION_BITS)
 _FRACTION_SCALE = tl.constexpr(float(2**FRACTION_BITS))
 _INDEX_HIGH_MULTIPLIER = tl.constexpr(INDEX_HIGH_MULTIPLIER)
 _MULTIPLIER0, _MULTIPLIER1 = (tl.constexpr(multiplier % 2**32) for multiplier in MULTIPLIERS)
@@ -117,25 +116,42 @@ def group_steps(low, high, whole, DTYPE: tl.constexpr, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def mean_level(codes, tiles, scale, zero, PARTS: tl.constexpr):
-    """The mean of what the finite elements of each group come back as at 1 bit: [GROUPS, 1]."""
-    known = is_finite(tiles[0]).to(tl.int32)
-    ones = codes[0] * known
-    for part in tl.static_range(1, PARTS):
-        also_known = is_finite(tiles[part]).to(tl.int32)
-        known, ones = known + also_known, ones + codes[part] * also_known
-    known, ones = tl.sum(known, 1, keep_dims=True), tl.sum(ones, 1, keep_dims=True)
-    share = tl.div_rn(ones.to(tl.float32), tl.maximum(known, 1).to(tl.float32))
-    # 16 significant bits: the product is exact.
-    return zero + scale * (share.to(tl.int32, bitcast=True) & -0x100).to(tl.float32, bitcast=True)
+def mark(position):
+    """Positions of which those of inf and nan give the code -1: all its bits are set, so that the highest is stored.
+
+    A position tells what it is that of: no element is kept until its code is known.
+    """
+    return tl.where(is_finite(position), position, -_FRACTION_SCALE)
 
 
 @triton.jit
-def mark(code, x, whole, LEVELS: tl.constexpr):
-    """The codes of a tile as they are stored: the highest for inf and nan."""
-    if LEVELS == 1:
-        code = tl.where(whole, code, 0)
-    return tl.where(is_finite(x), code, LEVELS)
+def to_codes(position, limit, draws):
+    """Codes int32 of positions, at most ``limit``, which are rounded up where ``draws``, the noise, carry."""
+    return (tl.minimum(position, limit).to(tl.int32) + draws) >> _FRACTION
+
+
+@triton.jit
+def share_level(zero, codes, scale, whole, marks, PARTS: tl.constexpr):
+    """Zeros and codes at 1 bit, which leaves one level to the finite elements of a group that is not ``whole``.
+
+    It is the mean of what they would come back as, and their code is 0. ``marks``: whether there is such a group.
+    """
+    shared = ()
+    for part in tl.static_range(PARTS):
+        code = codes[part]
+        if marks:
+            code = tl.where(whole, code, code >> 1)
+        shared = shared + (code,)
+    if marks:
+        known, ones = (codes[0] >= 0).to(tl.int32), tl.maximum(codes[0], 0)
+        for part in tl.static_range(1, PARTS):
+            known, ones = known + (codes[part] >= 0).to(tl.int32), ones + tl.maximum(codes[part], 0)
+        known, ones = tl.sum(known, 1, keep_dims=True), tl.sum(ones, 1, keep_dims=True)
+        share = tl.div_rn(ones.to(tl.float32), tl.maximum(known, 1).to(tl.float32))
+        # 16 significant bits: the product is exact.
+        mean = zero + scale * (share.to(tl.int32, bitcast=True) & -0x100).to(tl.float32, bitcast=True)
+        zero = tl.where(whole, zero, mean)
+    return zero, shared
 
 
 @triton.jit
@@ -216,22 +232,17 @@ def _quantize_kernel(
 
     codes = ()
     for part in tl.static_range(PARTS):
-        position = tl.minimum((values[part] * 0.5 - zero * 0.5) * inverse, limit)
-        codes = codes + ((position.to(tl.int32) + noise(key, start, part * WIDTH + column)) >> FRACTION,)
+        position = (values[part] * 0.5 - zero * 0.5) * inverse
+        if marks:
+            position = mark(position)
+        codes = codes + (to_codes(position, limit, noise(key, start, part * WIDTH + column)),)
     if LEVELS == 1:
-        if marks:
-            zero = tl.where(whole, zero, mean_level(codes, values, scale, zero, PARTS))
-    stored = ()
-    for part in tl.static_range(PARTS):
-        code = codes[part]  # type: ignore[var-annotated]
-        if marks:
-            code = mark(code, values[part], whole, LEVELS)
-        stored = stored + (code,)
+        zero, codes = share_level(zero, codes, scale, whole, marks, PARTS)
 
-    _store_plane(codes_ptr, stored, group, exists, 0, LOW_BITS, PARTS, WIDTH)
+    _store_plane(codes_ptr, codes, group, exists, 0, LOW_BITS, PARTS, WIDTH)
     if HIGH_BITS:
         high_ptr = codes_ptr + num_groups * (GROUP_SIZE * LOW_BITS // 8)
-        _store_plane(high_ptr, stored, group, exists, LOW_BITS, HIGH_BITS, PARTS, WIDTH)
+        _store_plane(high_ptr, codes, group, exists, LOW_BITS, HIGH_BITS, PARTS, WIDTH)
     tl.store(scale_ptr + group, scale.to(tl.bfloat16), mask=exists)
     tl.store(zero_ptr + group, zero.to(zero_ptr.dtype.element_ty), mask=exists)
 

@@ -19,15 +19,15 @@ from ._hash import mix_seed
 from ._layout import from_storage_order, to_storage_order
 from ._positions_kernel import _densify_positions_kernel, _sparsify_positions_kernel
 from ._quantize_kernel import (
-    FRACTION,
     decode,
     group_steps,
+    is_finite,
     is_whole,
     known_extremes,
-    mark,
     maximum,
     noise,
     some,
+    to_codes,
 )
 from ._topk_sizes import POSITION_BITS, check_format, empty_parts, group_numel, num_groups
 from ._topk_values import in_16_bits, load_steps, magnitude_key
@@ -99,11 +99,12 @@ def _sparsify_kernel(
         if marks:
             low, high = known_extremes((tl.where(kept, value, float("nan")),), 1)
         scale, inverse, zero, limit = group_steps(low, high, whole, DTYPE, LEVELS)
-        position = tl.minimum((tl.where(kept, value, low) * 0.5 - zero * 0.5) * inverse, limit).to(tl.int32)
+        position = (tl.where(kept, value, low) * 0.5 - zero * 0.5) * inverse
         draws = noise(tl.load(seed_ptr) ^ salt_key, start, column)
-        codes = ((position + draws) >> FRACTION) & LEVELS  # [GROUPS, BLOCK]
+        codes = to_codes(position, limit, draws) & LEVELS  # [GROUPS, BLOCK]
         if marks:
-            codes = mark(codes, value, whole, LEVELS)
+            # Marked positions would spill: few elements are held, but beside their places.
+            codes = tl.where(is_finite(value), codes, LEVELS)
         _store_codes(values_ptr, codes, rank, kept & exists, first, row, KEEP, VALUE_BITS)
         tl.store(scale_ptr + group, scale.to(tl.bfloat16), mask=exists)
         tl.store(zero_ptr + group, zero.to(DTYPE), mask=exists)
