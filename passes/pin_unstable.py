@@ -56,7 +56,8 @@ def pin_unstable(joint: fx.GraphModule, num_forward_outputs: int, input_roles: S
     factor_tangents(joint, _noise_in(joint, num_forward_outputs, input_roles))
     noise = _noise_in(joint, num_forward_outputs, input_roles)
     demands = noise.demands()
-    pinned = [node for node in graph.nodes if (node in demands.cuts or node in demands.fixed) and _may_pin(node)]
+    demanded, again = demands.cuts | demands.fixed.keys(), _run_again(graph, num_forward_outputs)
+    pinned = [node for node in graph.nodes if node in demanded and _may_pin(node) and node not in again]
     _ban_reductions(graph)
     _fold(graph, demands.units)
     for node in pinned:
@@ -114,6 +115,19 @@ def unfold(graph: fx.Graph) -> None:
                         made[key] = graph.node_copy(inner, values.__getitem__)
                     values[inner] = made[key]
         graph.erase_node(node)
+
+
+def _run_again(graph: fx.Graph, num_forward_outputs: int) -> set[fx.Node]:
+    """What a checkpoint of the user's recomputes, and what the backward alone makes of that."""
+    needed = {node for node in graph_outputs(graph)[:num_forward_outputs] if isinstance(node, fx.Node)}
+    for node in reversed(graph.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if _is_recomputed(node) or (node not in needed and not found.isdisjoint(node.all_input_nodes)):
+            found.add(node)
+    return found
 
 
 def _may_pin(node: fx.Node) -> bool:

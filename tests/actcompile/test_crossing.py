@@ -195,7 +195,7 @@ def test_pipeline_stages() -> None:
 @pytest.mark.parametrize("auto", [False, True])
 def test_a_plan_serves_the_same_roles_alone(auto: bool) -> None:
     """D(fake) compresses what D(fake.detach()) takes for the caller's; training the two takes both graphs."""
-    judge, maker = nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 1)), nn.Linear(16, 256)
+    judge, maker = nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 1)), nn.Linear(16, 256)
     step = torch.compile(judge, backend="act", options={**EAGER, "auto": auto})
     for _ in range(3):
         fake = torch.relu(maker(torch.randn(256, 16)))
