@@ -264,6 +264,7 @@ def test_key_holds_all_that_decides_beside_torchs_own() -> None:
 
 PROGRAM = """
 import json, torch, actcompile
+torch.set_num_threads(1)
 from actcompile import backend
 from actcompile._gpt import GPT
 torch.manual_seed(0)
