@@ -154,7 +154,9 @@ def test_numbers_that_dynamo_passes_as_tensors() -> None:
     for batch in (32, 33):
         step(torch.randn(batch, 64)).sum().backward()
     (record,) = records.finished()
-    codes = [row.key for row in record.rows if plan[row.key].action is Action.QUANTIZE]
+    # At the batch of the profile, statistics are no smaller than what they are made of, and codes.
+    known = [row.key for row in record.rows if not row.obstacle]
+    codes = [key for key in known if plan[key].action is Action.QUANTIZE]
     assert codes and all(record.plan[key] == plan[key] for key in codes)
     assert {row.symbolic_shape[0] for row in record.rows if row.key in codes} != {"32"}
     assert counters["graph_break"].total() == 0
