@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 from torch.nn.functional import linear
 
 import actcompile
@@ -185,13 +186,12 @@ def test_small_groups_are_left_alone() -> None:
 
 
 @pytest.mark.slow
+@functorch_config.patch(enable_autograd_cache=False)  # The decision is part of what the cache would hand over.
 def test_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way through Inductor, with the reference in place of the kernel, and the norm in place of the time."""
     pytest.importorskip("triton")
     monkeypatch.setattr("triton.testing.do_bench", lambda run, return_mode: run().norm().item())
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
-    # The decision is part of what the cache would hand over.
-    monkeypatch.setattr("torch._functorch.config.enable_autograd_cache", False)
     table = Table()
     found: list[Times] = []
 
