@@ -22,6 +22,7 @@ import torch
 from torch import fx
 
 from ._bounded import constant_of, is_bounded
+from ._exact_sources import exact_sources
 from ._fx import is_tensor
 from ._noise_rules import FACTORIZATIONS, LINEAR, LINEAR_BACKWARD, PRODUCTS
 from ._views import VIEW_OPS
@@ -176,7 +177,9 @@ class Noise:
             # Of a selection, the value that is selected is what to store, and not both branches.
             is_choice = current.target is aten.where.self and current in self._on_cuts and kind is Kind.FREE
             if kind is Kind.CUT or is_choice:
-                found.cuts.add(current)
+                sources = exact_sources(current, self.is_noisy, _is_pointwise)
+                found.fixed |= dict.fromkeys(sources, f"{name_of(current)} of it has many times its elements")
+                found.cuts |= set() if sources else {current}
             elif kind is Kind.UNIT:
                 found.units[current] = self._units[current]
                 pending.append(self._units[current].root)

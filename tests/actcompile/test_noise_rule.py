@@ -95,3 +95,36 @@ def test_gates_at_the_scale_of_trained_models(spread: float, bits: int, most: fl
         row.op for row in actcompile.report(model).rows if row.action == "quantize" and row.module in ("gate", "up")
     }
     assert stored == {"mm"}
+
+
+def stored_by(step: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What is stored of a step, by operator, at 4 bits."""
+    actcompile.reset()
+    torch.compile(step, backend="act", options={"bits": 4, "lowering": "eager", "min_numel": 1})(x).backward()
+    return {row.op: (row.action, row.shape) for row in actcompile.report().rows}
+
+
+def test_few_numbers_that_many_are_made_of_stay_exact() -> None:
+    layer, rates = nn.Linear(8, 16), nn.Parameter(torch.rand(64))
+    stored = stored_by(lambda x: torch.exp(-layer(x)[:, :, None] * rates).square().mean(), torch.randn(32, 8))
+    assert stored["addmm"] == ("keep", (32, 16))
+    assert "exp" not in stored
+
+
+def test_operands_of_grouped_products_have_codes() -> None:
+    layer, experts = nn.Linear(64, 64).bfloat16(), nn.Parameter(torch.randn(3, 64, 64).bfloat16())
+    ends = torch.tensor([16, 64, 96], dtype=torch.int32)
+    x = torch.randn(96, 64).bfloat16()
+    stored = stored_by(lambda x: F.grouped_mm(F.gelu(layer(x)), experts, offs=ends).square().mean(), x)
+    assert stored["addmm"] == stored["_grouped_mm"] == ("quantize", (96, 64))
+
+
+def test_what_is_sampled_at_a_grid_has_codes_and_the_grid_has_none() -> None:
+    layer, shift = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(2, 2)
+    points = torch.randn(4, 16, 16, 2)
+    stored = stored_by(
+        lambda x: F.grid_sample(F.gelu(layer(x)), shift(points).tanh(), align_corners=False).square().mean(),
+        torch.randn(4, 3, 16, 16),
+    )
+    assert stored["convolution"] == ("quantize", (4, 8, 16, 16))
+    assert stored["tanh"] == ("keep", (4, 16, 16, 2))
