@@ -37,6 +37,10 @@ _SCALES = (1.0, 10.0, 100.0, 1000.0)
 # Where the slope changes most, points lie closer and closer: what is steep there stays so.
 _REFINEMENTS = 4
 
+# Distances from zero, to find poles at, and what a function has there that has one.
+_NEAR = (-0.5, -30.0)
+_POLE = 1e6
+
 # Operators of a function: their names, and arguments, which are constants or ("value", position).
 Steps = tuple[tuple[Any, tuple[Any, ...], tuple[tuple[str, Any], ...]], ...]
 
@@ -45,6 +49,12 @@ def is_bounded(nodes: Sequence[fx.Node], root: fx.Node) -> bool:
     """Whether the last of ``nodes``, pointwise operators in order on ``root`` and constants, is such a function."""
     steps = _steps(nodes, root)
     return steps is not None and _is_bounded(steps)
+
+
+def has_pole(nodes: Sequence[fx.Node], root: fx.Node) -> bool:
+    """Whether the last of ``nodes``, as above, grows beyond all bounds where ``root`` comes near zero."""
+    steps = _steps(nodes, root)
+    return steps is not None and _has_pole(steps)
 
 
 def constant_of(node: fx.Node) -> Any:
@@ -79,6 +89,15 @@ def _argument(value: Any, positions: Mapping[fx.Node, int]) -> Any:
             raise KeyError(value)
         return "constant", constant, value.meta["val"].dtype
     return tuple(value) if isinstance(value, list) else value
+
+
+@functools.lru_cache(4096)
+def _has_pole(steps: Steps) -> bool:
+    with unset_fake_temporarily(), torch.no_grad():
+        distances = torch.logspace(*_NEAR, 100, dtype=torch.float64)
+        value = _evaluate(steps, torch.cat([-distances, distances]))
+        # A root of a negative number is no pole.
+        return value is not None and bool((value.abs() > _POLE).any())
 
 
 @functools.lru_cache(4096)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ._bounded import constant_of, is_bounded
+from ._bounded import constant_of, has_pole, is_bounded
 from ._exact_sources import exact_sources
 from ._fx import is_tensor
 from ._noise_rules import FACTORIZATIONS, LINEAR, LINEAR_BACKWARD, PRODUCTS
@@ -117,6 +117,14 @@ class Noise:
     def kind(self, node: fx.Node) -> Kind:
         """What ``node`` does to noise; what has none is free."""
         return self._kinds.get(node, Kind.FREE)
+
+    def has_pole(self, cut: fx.Node) -> bool:
+        """Whether ``cut`` has no bound near a zero of what it is a function of: 1 / x, where nothing is added to x.
+
+        One element may be as large as it likes then, where all that it is multiplied with is as small.
+        """
+        pairs = [(_between(root, cut), root) for root in self._roots(cut) if _is_float(root)]
+        return bool(pairs) and all(nodes is not None and has_pole(nodes, root) for nodes, root in pairs)
 
     def origins(self, node: fx.Node) -> frozenset[_Origin]:
         """What the elements of ``node`` are made of, one by one: cuts, and what is no function of single elements."""

@@ -6,6 +6,7 @@ from torch import fx
 
 from ._fx import GraphPair, graph_outputs, tangent_dependent
 from ._noise import Noise, delicate_nodes, name_of
+from .pin_unstable import POLE
 
 
 def unsafe_placeholders(pair: GraphPair, noisy: Iterable[fx.Node]) -> dict[fx.Node, str]:
@@ -14,7 +15,13 @@ def unsafe_placeholders(pair: GraphPair, noisy: Iterable[fx.Node]) -> dict[fx.No
     dependent, results = tangent_dependent(graph), graph_outputs(graph)
     delicate_sources = delicate_nodes(pair.forward.graph.nodes)
     delicate = {slot.placeholder for slot in pair.slots if slot.source in delicate_sources}
-    candidates, found = set(noisy), dict[fx.Node, str]()
+    candidates = set(noisy)
+    found = {
+        slot.placeholder: f"rounding it would do harm: {name_of(slot.source)} has a pole, beside which all else is small"
+        for slot in pair.slots
+        if slot.placeholder in candidates and slot.source.meta.get(POLE)
+    }
+    candidates -= found.keys()
     while True:
         noise = Noise(graph.nodes, dependent, candidates, results=results, delicate=delicate)
         demands = noise.demands()

@@ -40,6 +40,8 @@ aten = torch.ops.aten
 _UNIT = "actcompile_unit"
 # Under this name reductions carry what the user said about them.
 _REDUCTION = "actcompile_reduction"
+# Under this name what is pinned says whether it has a pole.
+POLE = "actcompile_pole"
 # What reads more than this many times the bytes that it yields is a reduction to the partitioner.
 _REDUCTION_RATIO = 4
 _USER_RECOMPUTES = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
@@ -64,6 +66,7 @@ def pin_unstable(joint: fx.GraphModule, num_forward_outputs: int, input_roles: S
         for one in (node, *(node.all_input_nodes if node.target is operator.getitem else ())):
             one.meta["recompute"] = CheckpointPolicy.MUST_SAVE
             one.meta.pop(_REDUCTION, None)
+        node.meta[POLE] = noise.has_pole(node)
     output = graph.output_node()
     values = graph_outputs(graph)
     output.args = ([*values[:num_forward_outputs], *pinned, *values[num_forward_outputs:]],)

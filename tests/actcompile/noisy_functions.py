@@ -30,6 +30,7 @@ def _gated_by_hand(h: Tensor) -> Tensor:
 TRIED: dict[str, Loss] = {
     "sqrt(relu + eps)": lambda h: torch.sqrt(torch.relu(h) + 1e-6).mean(),
     "relu ** 1.5": lambda h: torch.relu(h).pow(1.5).mean(),
+    "cdist": lambda h: torch.cdist(h, h).mean(),
     "std of pairs": lambda h: h.view(128, 32, 2).std(-1).log1p().mean(),
     "log(clamp(softmax))": lambda h: -(TARGET * torch.log(torch.softmax(5 * h, -1).clamp(min=1e-8))).mean(),
     "entropy": _entropy,

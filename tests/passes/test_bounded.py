@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from actcompile.passes._bounded import is_bounded
+from actcompile.passes._bounded import has_pole, is_bounded
 
 
 def found(function: Callable[[Tensor], Tensor], dtype: torch.dtype = torch.float32) -> bool:
@@ -106,3 +106,20 @@ def test_what_reads_another_tensor_is_no_function_of_one() -> None:
     graph = make_fx(lambda x, y: x + y)(torch.zeros(4), torch.zeros(4)).graph
     root, _ = graph.find_nodes(op="placeholder")
     assert not is_bounded([node for node in graph.nodes if node.op == "call_function"], root)
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda x: 1 / x, True),
+        (lambda x: torch.where(x == 0, 0, 0.5 / x.clamp(min=0).sqrt()), True),
+        (lambda x: x.abs().log(), False),
+        (lambda x: 1 / (x.abs() + 1e-3), False),
+        (lambda x: x.sigmoid() / F.softplus(x), False),
+        (lambda x: x.exp(), False),
+    ],
+)
+def test_poles(function: Callable[[Tensor], Tensor], expected: bool) -> None:
+    graph = make_fx(function)(torch.zeros(4)).graph
+    (root,) = graph.find_nodes(op="placeholder")
+    assert has_pole([node for node in graph.nodes if node.op == "call_function"], root) is expected
