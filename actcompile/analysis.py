@@ -293,6 +293,8 @@ def _carries_mask(node: fx.Node) -> bool:
 
 def _index_range(node: fx.Node) -> int | None:
     """The number of values that integers can take because of the operator that made them, if that is known."""
+    while operator_name(node) in _REARRANGES:
+        node = value_chain(node.all_input_nodes[0])[-1]
     producer, position = node, 0
     if node.target is operator.getitem:
         producer, position = node.all_input_nodes[0], node.args[1]  # type: ignore[assignment]
@@ -302,6 +304,9 @@ def _index_range(node: fx.Node) -> int | None:
     sizes = [upper_bound(size) for size in producer.all_input_nodes[0].meta["val"].shape[-num_dims:]]
     return None if None in sizes else math.prod(size for size in sizes if size is not None)
 
+
+# Operators whose result holds elements of their first argument, and nothing else.
+_REARRANGES = frozenset({"repeat", "clone", "flip", "roll", "index", "index_select", "gather", "take_along_dim"})
 
 # (operator, result) -> how many trailing dimensions of its input the indices run over; 0 means all.
 _INDEX_RESULTS: dict[tuple[str, object], int] = {

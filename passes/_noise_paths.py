@@ -17,7 +17,7 @@ def unsafe_placeholders(pair: GraphPair, noisy: Iterable[fx.Node]) -> dict[fx.No
     delicate = {slot.placeholder for slot in pair.slots if slot.source in delicate_sources}
     candidates = set(noisy)
     found = {
-        slot.placeholder: f"rounding it would do harm: {name_of(slot.source)} has a pole, beside which all else is small"
+        slot.placeholder: f"rounding it would do harm: {name_of(slot.source)} has a pole: all beside it is small"
         for slot in pair.slots
         if slot.placeholder in candidates and slot.source.meta.get(POLE)
     }

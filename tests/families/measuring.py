@@ -34,6 +34,7 @@ class Row:
         cosine: Between the first step's gradient and that of plain torch, over all parameters.
         error: |g' - g| / |g| of the same.
         projection: Of the mean gradient of ``DRAWS`` draws on the exact one.
+        projection_error: Its standard error.
         finite: Whether the losses of all steps and the weights after them are.
         loss_error: The largest relative difference of a step's loss from plain torch's.
         compile_error: |g' - g| / |g| of torch.compile alone.
@@ -48,6 +49,7 @@ class Row:
     cosine: float
     error: float
     projection: float
+    projection_error: float
     finite: bool
     loss_error: float
     compile_error: float
@@ -167,13 +169,15 @@ def _measure_bits(
         reported = actcompile.report(subject.model).saved_nbytes
     differences = [abs(a - b) / max(abs(b), 1e-12) for a, b in zip(found, losses, strict=True)]
     mean = torch.stack(draws).mean(0)
+    projections = torch.stack([draw @ exact for draw in draws]) / (exact @ exact)
     return Row(
         family=family.name,
         precision=precision,
         bits=bits,
         cosine=float(draws[0] @ exact / (draws[0].norm() * exact.norm()).clamp(min=1e-300)),
         error=_error(draws[0], exact),
-        projection=float(mean @ exact / (exact @ exact)),
+        projection=float(projections.mean()),
+        projection_error=float(projections.std() / DRAWS**0.5),
         finite=bool(torch.tensor(found).isfinite().all() and mean.isfinite().all()),
         loss_error=max(differences),
         compile_error=compile_error,
