@@ -2,7 +2,7 @@
 
 from .api import explain, max_batch_size, profile, report, reset, transform
 from .config import Config
-from .errors import CompileError, ConfigError
+from .errors import CompileError, ConfigError, GradientError
 from .plan import Plan
 from .rng import get_rng_state, set_rng_state
 
@@ -10,6 +10,7 @@ __all__ = [
     "CompileError",
     "Config",
     "ConfigError",
+    "GradientError",
     "Plan",
     "explain",
     "get_rng_state",

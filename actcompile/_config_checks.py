@@ -118,6 +118,8 @@ def _check_choices(config: "Config") -> None:
         value = getattr(config, name)
         if value is not None and not isinstance(value, bool):
             raise ConfigError(f"{name} must be True or False, got {value!r}")
+    if not isinstance(config.check, bool):
+        raise ConfigError(f"check must be True or False, got {config.check!r}")
     if not isinstance(config.skip, tuple) or not all(isinstance(pattern, str) for pattern in config.skip):
         raise ConfigError(
             f'skip must be a tuple of module-name patterns such as ("head", "*.norm"), got {config.skip!r}'
@@ -202,10 +204,10 @@ def without_effect(config: "Config") -> list[str]:
 def _without_effect(config: "Config", given: set[str]) -> dict[str, str]:
     """Names of settings -> what takes their effect."""
     if config.pruning == "samples":
-        return dict.fromkeys(sorted(given & {"group_size", "recompute", "seed"}), "pruning='samples'")
+        return dict.fromkeys(sorted(given & {"check", "group_size", "recompute", "seed"}), "pruning='samples'")
     found = {}
     if config.plan is not None:
-        return dict.fromkeys(sorted(given & {"auto", "group_size", "recompute"}), "a plan, which says what is stored")
+        return dict.fromkeys(sorted(given & {"auto", "group_size"}), "a plan, which says what is stored")
     if config.average_bits is None:
         lossless = f"bits={EXACT_BITS}" if config.level is None else f"level={config.level!r}"
         found.update(dict.fromkeys(sorted(given & {"noise", "auto"}), f"{lossless}, which leaves nothing to choose"))

@@ -84,6 +84,26 @@ def measure(
     return found
 
 
+def measure_along(
+    sweep: Sweep,
+    directions: Mapping[fx.Node, Tensor],
+    keys: Mapping[fx.Node, str],
+    roundings: Mapping[str, Rounding],
+) -> dict[str, dict[int, float]] | None:
+    """By row key and bits, the variance of the gradient's component along ``directions``, exact to first order.
+
+    None where some tensor reaches it through what autograd cannot differentiate. Needs ``run_and_keep`` before it.
+    """
+    products = _Products(keys, roundings, sweep.readers, None)
+    try:
+        sweep.pull_back(directions, lambda node, value: directions[node].to(value.dtype), products.see)
+    except RuntimeError:
+        return None
+    if sweep.behind_opaque():
+        return None
+    return {key: dict(found.variance) for key, found in products.sensitivities().items()}
+
+
 def draw(value: Tensor, seed: int) -> Tensor:
     """Random signs in the shape and dtype of ``value``; no generator of torch's own is drawn from.
 

@@ -176,8 +176,9 @@ def profile(
 ) -> "Plan":
     """Measures on a small batch how much each saved tensor matters, and solves the plan for ``config``.
 
-    One step is interpreted and probed. Nothing is trained: parameters, their .grad, buffers and the states of random
-    number generators stay as they are. The plan serves other batch sizes.
+    One step is interpreted and probed; another one, with the plan, is checked as with ``Config(check=True)``. Nothing
+    is trained: parameters, their .grad, buffers and the states of random number generators stay as they are. The plan
+    serves other batch sizes.
 
     Args:
         model: The model in training mode, or a function of it that returns the loss.
@@ -188,6 +189,7 @@ def profile(
 
     Raises:
         ConfigError: For bad settings, or no loss.
+        GradientError: When the plan's gradient is not as close to the exact one as predicted.
     """
     from ._profile import profile_call
 

@@ -48,6 +48,7 @@ from ._torch import (
     unwrapped,
 )
 from .analysis import analyze
+from .checking import Checked
 from .config import Config
 from .errors import CompileError, ConfigError
 from .following import check_model, follow
@@ -143,13 +144,16 @@ def compile_graph(
         partitioner = Partitioner(config, roles, record, plan, interpret is None, is_part, traced)
         return load_or_compile(traced, partitioner, interpret)
 
+    def finish(plan: Plan | None) -> Callable[..., Any]:
+        return Checked(record, compile_with, interpret, plan) if config.check else compile_with(plan, interpret)
+
     compiled: Callable[..., Any]
     if config.automatic:
-        compiled = Probed(record, compile_with, interpret)
+        compiled = Probed(record, compile_with, finish)
     elif isinstance(config.memory, int | str):
-        compiled = Uniform(record, compile_with, interpret)
+        compiled = Uniform(record, finish)
     else:
-        compiled = compile_with(None, interpret)
+        compiled = finish(None)
 
     def run(*args: Any) -> Any:
         record.see_parameters(args)
@@ -171,16 +175,11 @@ class Uniform:
     known once the first step is complete.
     """
 
-    def __init__(
-        self,
-        record: records.GraphRecord,
-        compile_with: Callable[[Plan | None, Interpret | None], Callable[..., Any]],
-        interpret: Interpret | None,
-    ) -> None:
+    def __init__(self, record: records.GraphRecord, finish: Callable[[Plan | None], Callable[..., Any]]) -> None:
         self._record = record
         self._reenter = reentrant_tracing()
-        self._compile: Callable[[Plan], Callable[..., Any]] = lambda plan: compile_with(plan, interpret)
-        self._compiled = compile_with(None, interpret)
+        self._compile = finish
+        self._compiled = finish(None)
         self._plan, self._companions = record.solved, record.companions
 
     def __call__(self, *args: Any) -> Any:
@@ -207,7 +206,7 @@ class Probed:
         self,
         record: records.GraphRecord,
         compile_with: Callable[[Plan | None, Interpret | None], Callable[..., Any]],
-        interpret: Interpret | None,
+        finish: Callable[[Plan | None], Callable[..., Any]],
     ) -> None:
         config = record.config
         self._probe = record.probe = Probe(
@@ -216,7 +215,7 @@ class Probed:
         self._record = record
         self._reenter = reentrant_tracing()
         self._interpreted = compile_with(None, self._probe.interpret)
-        self._compile: Callable[[Plan], Callable[..., Any]] = lambda plan: compile_with(plan, interpret)
+        self._compile = finish
         self._compiled: Callable[..., Any] | None = None
         self._plan = Plan()
         self._is_probing = True
@@ -288,6 +287,10 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
         if not self.lowered:
             count_in_signed_integers(gm)
         self.record.count_baseline = baseline(gm, joint_inputs, self.roles, **kwargs)
+        if self.record.check is not None:
+            inputs = [] if self.traced is None else self.traced.graph.graph.find_nodes(op="placeholder")
+            names = [node.name for node in inputs]
+            self.record.check.see_joint(gm, kwargs["num_fwd_outputs"], self.roles, names)
         pair = partition(
             gm,
             joint_inputs,

@@ -59,6 +59,9 @@ class Config:
         profile_every: Training steps between two probes, each an interpreted step. Bits change, and graphs are compiled
             again, where that is worth it; noise above its target raises them. Default: one probe.
         plan: A Plan, or the path of a saved one, that is followed as it is.
+        check: Compares the first gradient with the exact one, and raises ``GradientError`` with a tensor's name where
+            their distance is not what rounding it explains. That step is interpreted, takes as long as about ten, and
+            holds what is saved exactly, too.
         level: One of GACT's names ("L0", "L1", "L1.1", "L1.2", ...); fields given beside it win.
         lowering: "inductor" compiles the graphs; "eager" interprets the same graphs, for tests and debugging.
 
@@ -84,6 +87,7 @@ class Config:
     seed: int | None = None
     profile_every: int | None = None
     plan: Plan | str | os.PathLike[str] | None = None
+    check: bool = False
     level: str | None = None
     lowering: str = "inductor"
     _level_settings: Mapping[str, Any] = field(init=False, repr=False, compare=False, default_factory=dict)

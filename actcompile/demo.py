@@ -1,5 +1,6 @@
 """The demo: one model, one text, several ways to save activation memory, side by side."""
 
+import functools
 import importlib
 import statistics
 import time
@@ -15,13 +16,16 @@ from torch import Tensor, fx
 from torch._inductor.compile_fx import compile_fx
 
 from ._gpt import GPT
+from ._profile import check_call
 from ._text import Corpus, held_out_batches, load_corpus, training_batches
 from .api import report
+from .config import Config
 from .meter import Peak, measure_peak, measure_steps
 
 VOCABULARY = 256
 HELD_OUT_BATCHES = 8
 TIMED_ROUNDS = 10
+CHECKED_BATCH = 2
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,18 @@ class Run:
         self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1 / (options.warmup + 1), 1, options.warmup)
         self.batches = training_batches(self.corpus, options.batch, options.tokens, options.seed)
 
+    def check(self) -> None:
+        """Compares the gradient of a small batch with the exact one, where tensors are rounded.
+
+        Raises:
+            GradientError: When it is not as close to that as predicted.
+        """
+        if self.variant.bits:
+            options = self.options
+            tokens, targets = next(training_batches(self.corpus, CHECKED_BATCH, options.tokens, options.seed))
+            batch = tokens.to(self.device), targets.to(self.device)
+            check_call(functools.partial(self._autocast, self.model), batch, {}, None, Config(bits=self.variant.bits))
+
     def train(self, progress: Callable[..., Any]) -> None:
         """Trains for all steps, the first of which compiles, under a bar that ``progress`` (tqdm) makes."""
         with progress(total=self.options.steps, desc=f"{self.variant.label:27}", unit="step") as bar:
@@ -196,9 +212,11 @@ class Run:
 
 
 def run_demo(options: Options) -> list[Result]:
-    """Trains all runs one after the other, measures them in turn, prints a table and writes the output folder.
+    """Checks and trains all runs one after the other, measures them in turn, prints a table and writes the output
+    folder.
 
     Raises:
+        GradientError: When rounding changes a gradient more than predicted.
         ImportError: When a package of the extra "demo" is missing.
         ValueError: For data that cannot be trained on.
     """
@@ -212,6 +230,7 @@ def run_demo(options: Options) -> list[Result]:
     runs = []
     for name in options.runs:
         runs.append(Run(name, options, corpus, device))
+        runs[-1].check()
         runs[-1].train(tqdm)
     print(f"Timing {TIMED_ROUNDS} more steps of each run in turn ...", flush=True)
     times_ms = measure_steps({run.name: run.step for run in runs}, TIMED_ROUNDS)

@@ -1,4 +1,4 @@
-"""Errors of the user's making, each naming the rule, the value received and the remedy."""
+"""Errors: of the user's making, or found by a check; each names the rule, the value received and the remedy."""
 
 
 class ConfigError(ValueError):
@@ -7,3 +7,7 @@ class ConfigError(ValueError):
 
 class CompileError(RuntimeError):
     """A machine or a graph that the compiler cannot work with."""
+
+
+class GradientError(RuntimeError):
+    """A gradient that is further from the exact one than what it was computed from explains (``Config.check``)."""

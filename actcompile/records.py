@@ -11,6 +11,7 @@ import torch
 from . import steps
 from ._config_checks import parse_nbytes
 from ._torch import current_frame, is_fake
+from .checking import Check
 from .config import Config
 from .memory import CompiledStep, SymbolicTimeline, Timeline, step_timeline
 from .passes.crossing import Crossing
@@ -44,6 +45,7 @@ class GraphRecord:
         self.count_baseline: Callable[[], Mapping[Crossing | None, int]] = dict
         self.timeline: Timeline | None = None
         self.probe: Probe | None = None
+        self.check: Check | None = None
         self.sites = sites
         self.solved: Plan | None = None
         self.inherited: Profile | None = None
@@ -92,6 +94,8 @@ class GraphRecord:
         self.plan = plan if plan.graphs else replace(plan, graphs=(self.sites,))
         self.timeline = step_timeline(pair.forward.graph, pair.backward.graph)
         self.step = CompiledStep(pair, self._settings)
+        if self.check is not None:
+            self.check.see_rows(self.rows)
         if self.probe is not None:
             stored = sum(stored_nbytes(row, plan[row.key]) for row in rows if row.role is Role.ACTIVATION)
             self.probe.see(pair, self.timeline.peak_nbytes - stored)

@@ -25,6 +25,7 @@ from .replay import Replay, Way
 
 SIZES: Mapping[str, Mapping[str, int]] = {
     "gpt": {"layers": 2, "batch": 4},
+    "llama": {"layers": 2, "batch": 4, "width": 128},
     "bert": {"layers": 2, "batch": 8},
     "bert_plain": {"layers": 2, "batch": 8},
     "resnet18": {"batch": 8},
@@ -93,6 +94,33 @@ def prepare(name: str, steps: int, data: Path) -> Case:
     train(task, workload, batches, steps, workload.model)
     batch = next(batches)
     square = float(flat(gradients(workload.model, workload.loss(workload.model, batch))).square().sum())
+    return Case(name, workload, batch, square)
+
+
+def prepare_family(name: str, steps: int) -> Case:
+    """A family of tests/families with its own batch, after ``steps`` training steps on it; dropout is the same always.
+
+    Raises:
+        ValueError: For a name that no family has.
+    """
+    from tests.families.goals import FAMILIES
+
+    family = next((family for family in FAMILIES if family.name == name), None)
+    if family is None:
+        raise ValueError(f"families must be among {', '.join(sorted(f.name for f in FAMILIES))}, got {name!r}")
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, batch = family.build()
+
+    def apply(call: Callable[..., Any], *values: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        return call(*values)  # type: ignore[no-any-return]
+
+    workload, optimizer = Workload(model, batch, apply), torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(steps):
+        gradients(model, workload.loss(model))
+        optimizer.step()
+    square = float(flat(gradients(model, workload.loss(model))).square().sum())
     return Case(name, workload, batch, square)
 
 

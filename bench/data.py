@@ -1,6 +1,6 @@
 """Real batches for the benchmarks that look at values: endless, shuffled, always the same.
 
-    gpt                      the Python standard library's own sources, as in the demo
+    gpt, llama               the Python standard library's own sources, as in the demo
     bert                     sentences of SST-2, each word the id of its rank among the words of the file
     resnet, resnet18, vit    CIFAR-10
     gcn                      Cora, the whole graph every time
@@ -39,7 +39,7 @@ def real_batches(name: str, like: Batch, folder: Path) -> Iterator[Batch]:
     Raises:
         FileNotFoundError: When ``folder`` lacks the files.
     """
-    if name == "gpt":
+    if name in ("gpt", "llama"):
         batch, tokens = like[0].shape
         return training_batches(load_corpus(None, tokens), batch, tokens, seed=0)
     if name == "bert":

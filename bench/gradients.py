@@ -29,6 +29,7 @@ _ZERO = 1e-6
 
 OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     "gpt": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+    "llama": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
     "bert": lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
     "resnet": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
     "resnet18": lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9),

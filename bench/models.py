@@ -25,6 +25,7 @@ __all__ = [
     "make_bert",
     "make_gcn",
     "make_gpt",
+    "make_llama",
     "make_resnet",
     "make_resnet18",
     "make_vit",
@@ -114,6 +115,38 @@ def make_bert(
         model,
         (ids, mask, labels),
         lambda call, ids, mask, labels: call(input_ids=ids, attention_mask=mask, labels=labels).loss,
+    )
+
+
+def make_llama(
+    *,
+    layers: int = 4,
+    width: int = 256,
+    vocabulary: int = 256,
+    batch: int = 8,
+    tokens: int = 256,
+    device: torch.device | str = "cpu",
+) -> Workload:
+    """Hugging Face's LlamaForCausalLM, small: RMSNorm, rotary positions, SwiGLU of 3.5 times the width."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=7 * width // 2,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=tokens,
+        use_cache=False,
+    )
+    model = LlamaForCausalLM(config).to(device).train()
+    ids = torch.randint(vocabulary, (batch, tokens + 1)).to(device)
+    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    return Workload(
+        model,
+        (inputs, targets),
+        lambda call, inputs, targets: F.cross_entropy(call(input_ids=inputs).logits.flatten(0, 1), targets.flatten()),
     )
 
 
@@ -262,6 +295,7 @@ def make_gcn(*, layers: int = 3, nodes: int = 2708, width: int = 64, device: tor
 
 WORKLOADS: Mapping[str, Callable[..., Workload]] = {
     "gpt": make_gpt,
+    "llama": make_llama,
     "bert": make_bert,
     # Attention in plain math, so that its probabilities are saved.
     "bert_plain": functools.partial(make_bert, attention="eager"),

@@ -3,23 +3,34 @@
 Models of bench/cases.py. The noise of a tensor is the mean of |g' - g|^2 over draws of its rounding noise, g the
 gradient of all parameters, measured by bench/replay.py; the prediction is that of one probed step. Every tensor that is
 rounded has a row, and all of them together have two: "all", by replay, and "all, trained", in ordinary training steps.
+
+With ``--plans``, bits by sensitivity beside uniform ones instead, both in ordinary training steps: stored bytes, noise,
+and what was predicted of it; also of model families (tests/families), on their own batch.
 """
 
 import argparse
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tabulate import tabulate
 
+import actcompile
+from actcompile import records
 from actcompile.plan import Profile
 
-from .cases import SIZES, Case, mean_noise, predicted, prepare
+from .cases import SIZES, Case, mean_noise, predicted, prepare, prepare_family, ways_of
+from .gradients import gradients
 from .harness import RESULTS, append_row, read_rows
 
 # A prediction is good when its ratio to what is measured lies here.
 BAND = (0.7, 1.4)
 ALL, TRAINED = "all", "all, trained"
+_PLANS = (
+    *("model", "steps", "bits", "noise, auto", "noise, uniform", "auto / uniform", "bytes auto / uniform"),
+    *("predicted / measured, auto", "the same, uniform"),
+)
 
 
 def measure_tensors(case: Case, widths: Sequence[int], draws: int, pattern: str) -> None:
@@ -62,6 +73,48 @@ def _append(
     print(
         f"{case.name:9}{width} {tensor:72}{guess:11.3e}{mean:11.3e} ±{error / mean:4.0%}{ratio:7.2f}{mark}", flush=True
     )
+
+
+def measure_plans(case: Case, steps: int, widths: Sequence[int], draws: int) -> list[list[object]]:
+    """Appends a row per width, and returns what is printed of them."""
+    table: list[list[object]] = []
+    for width in widths:
+        stored, noise, guess = {}, {}, {}
+        for auto in (True, False):
+            call = case.compiled(bits=width, auto=auto)
+            gradients(case.workload.model, case.workload.loss(call, case.batch))
+            probed = [record.profile for record in records.finished()]
+            if auto:
+                guess[False] = sum(
+                    predicted(dict.fromkeys(profile.sensitivities, width), profile) for profile in probed if profile
+                )
+            noise[auto] = mean_noise(functools.partial(case.noise, call), draws)
+            stored[auto] = actcompile.report(case.workload.model).saved_nbytes
+            if auto:
+                graphs = [(record.plan, record.profile) for record in records.finished() if record.profile]
+                guess[True] = sum(predicted(ways_of(plan), profile) for plan, profile in graphs)
+        (mean, error, drawn), (uniform, uniform_error, _) = noise[True], noise[False]
+        row = {
+            "model": case.name,
+            "steps": steps,
+            "bits": width,
+            "draws": drawn,
+            "nbytes_auto": stored[True],
+            "nbytes_uniform": stored[False],
+            "noise_auto": mean / case.square,
+            "noise_uniform": uniform / case.square,
+            "error_auto": error / case.square,
+            "error_uniform": uniform_error / case.square,
+            "auto_to_uniform": mean / uniform if uniform else 1.0,
+            "ratio_auto": guess[True] / mean if mean else 1.0,
+            "ratio_uniform": guess[False] / uniform if uniform else 1.0,
+        }
+        append_row("sensitivity_plans", row)
+        names = ("model", "steps", "bits", "noise_auto", "noise_uniform", "auto_to_uniform")
+        share = stored[True] / stored[False]
+        table.append([*(row[name] for name in names), share, row["ratio_auto"], row["ratio_uniform"]])
+        print("  ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in table[-1]), flush=True)
+    return table
 
 
 def summarize(rows: Sequence[Mapping[str, str]]) -> list[list[object]]:
@@ -111,8 +164,20 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=32, help="of the rounding noise, at the least")
     parser.add_argument("--steps", type=int, default=20, help="training steps before")
     parser.add_argument("--tensors", default="", metavar="TEXT", help="only tensors whose key holds this")
+    parser.add_argument("--plans", action="store_true", help="bits by sensitivity beside uniform ones")
+    parser.add_argument("--families", nargs="*", default=[], metavar="NAME", help="of tests/families, with --plans")
     parser.add_argument("--data", type=Path, default=Path("data"), help="see bench/data.py")
     arguments = parser.parse_args()
+    if arguments.plans:
+        cases = (prepare(name, arguments.steps, arguments.data) for name in arguments.models)
+        families = (prepare_family(name, arguments.steps) for name in arguments.families)
+        table = [
+            row
+            for case in itertools.chain(cases, families)
+            for row in measure_plans(case, arguments.steps, arguments.bits, arguments.draws)
+        ]
+        print(tabulate(table, _PLANS, floatfmt=".3g"))
+        return
     for name in arguments.models:
         case = prepare(name, arguments.steps, arguments.data)
         measure_tensors(case, arguments.bits, arguments.draws, arguments.tensors)

@@ -52,6 +52,7 @@ REJECTED = [
     ({"recompute": "some"}, ["recompute must be one of none, cheap", "'some'"]),
     ({"lowering": "triton"}, ["lowering must be one of inductor, eager", "'triton'"]),
     ({"auto": 1}, ["auto must be True or False", "1"]),
+    ({"check": 1}, ["check must be True or False", "1"]),
     ({"skip": "head"}, ["skip must be a tuple of module-name patterns", "'head'"]),
     ({"overrides": {"head": 5}}, ["overrides must give one of 1, 2, 3, 4, 6, 8 bits", "5 for 'head'", "nearest"]),
     ({"overrides": {"head": True}}, ["overrides must give one of", "True for 'head'"]),

@@ -149,6 +149,7 @@ def test_what_needs_another_setting(settings: dict[str, object], parts: list[str
         ({"level": "L0", "group_size": 64}, "group_size=64"),
         ({"sparsity": 0.8, "auto": True, "sparse_value_bits": 8}, "sparse_value_bits=8"),
         ({"pruning": "samples", "sparsity": 0.8, "seed": 3}, "seed=3"),
+        ({"pruning": "samples", "sparsity": 0.8, "check": True}, "check=True"),
         ({"plan": actcompile.Plan(), "group_size": 64}, "group_size=64"),
         ({"mode": "max-autotune", "lowering": "eager"}, "mode='max-autotune'"),
         ({"inductor": {"max_autotune": True}, "lowering": "eager"}, "max_autotune=True"),
@@ -169,6 +170,7 @@ def test_settings_without_effect_warn_once(
     "options",
     [
         {"recompute": "full", "memory": 0.1},
+        {"plan": actcompile.Plan(), "recompute": "none"},
         {"bits": 32, "overrides": {"head": 8}, "group_size": 64, "seed": 3},
         {"level": "L2", "profile_every": 5, "seed": 1},
         {"inductor": {"fallback_random": True}, "lowering": "eager"},
