@@ -24,7 +24,7 @@ from torch import fx
 
 from . import records, steps
 from ._config_checks import without_effect
-from ._inductor_options import check_inductor, without_effect_beside
+from ._inductor_options import check_compiles, check_inductor, without_effect_beside
 from ._patterns import warn
 from ._torch import (
     CustomPartitionerFn,
@@ -56,7 +56,7 @@ from .passes._naming import call_sites
 from .passes.crossing import crossings
 from .passes.fuse_weight_grad import fuse_weight_grad
 from .passes.lower import Bodies, lower_codecs, start_compiling_bodies
-from .passes.partition import baseline, partition
+from .passes.partition import baseline, is_region, partition, partition_region
 from .passes.weight_operands import is_weight_operand
 from .plan import Plan, Role
 from .planner import make_plan
@@ -119,6 +119,7 @@ def compile_graph(
     if not torch.is_grad_enabled() or not any(_requires_grad(value) for value in inputs):
         records.note_inference()
         return compile_pair(graph, inputs, partitioner=None, interpret=interpret, settings=settings)
+    check_compiles(settings)
     roles = [
         input_role(node, value, config.padding)
         for node, value in zip(graph.graph.find_nodes(op="placeholder"), inputs, strict=True)
@@ -284,9 +285,11 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """Called by AOTAutograd with the joint graph."""
+        """Called by AOTAutograd with the joint graph, after those of regions inside of it."""
         if not self.lowered:
             count_in_signed_integers(gm)
+        if is_region(gm, self.roles):
+            return partition_region(gm, joint_inputs, **kwargs)
         self.record.count_baseline = baseline(gm, joint_inputs, self.roles, **kwargs)
         pair = partition(
             gm,
