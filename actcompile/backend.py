@@ -50,7 +50,7 @@ from ._torch import (
 from .analysis import analyze
 from .config import Config
 from .errors import CompileError, ConfigError
-from .following import check_model, follow
+from .following import OutdatedPlanError, check_model, check_rows, follow, settings_anew
 from .passes import run_passes
 from .passes._naming import call_sites
 from .passes.crossing import crossings
@@ -109,7 +109,28 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[C
 def compile_graph(
     graph: fx.GraphModule, inputs: Sequence[Any], config: Config, settings: dict[str, Any]
 ) -> Callable[..., Any]:
-    """Compiles a training graph with compressed activations; a graph without a backward goes to Inductor untouched."""
+    """Compiles a training graph with compressed activations; a graph without a backward goes to Inductor untouched.
+
+    Where a plan's file was written under another torch, which saved other tensors, the graph is probed again.
+    """
+    plan = config.plan
+    if not isinstance(plan, Plan) or not plan.is_of_another_torch:
+        return _compile_graph(graph, inputs, config, settings)
+    reenter = reentrant_tracing()
+    try:
+        return _compile_graph(graph, inputs, config, settings)
+    except OutdatedPlanError as reason:
+        log.warning(
+            "plan was made with torch %s, and under %s %s: this graph is probed again; write the plan anew",
+            *(plan.torch, torch.__version__, reason),
+        )
+    with reenter():
+        return _compile_graph(graph, inputs, settings_anew(plan, config), settings)
+
+
+def _compile_graph(
+    graph: fx.GraphModule, inputs: Sequence[Any], config: Config, settings: dict[str, Any]
+) -> Callable[..., Any]:
     interpret = interpret_plainly if config.lowering == "eager" else None
     # What is interpreted before it is compiled, has to save the same tensors.
     settings = {**random_settings(config.lowering), **settings}
@@ -303,6 +324,7 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
         rows, self.record.crossings = analyze(pair), crossings(pair)
         given = self.config.plan if self.plan is None else self.plan
         if isinstance(given, Plan):
+            check_rows(given, rows)
             plan = follow(given, rows, self.config)
         else:
             plan = make_plan(rows, self.config, self.record.budget_nbytes())
