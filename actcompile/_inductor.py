@@ -3,9 +3,11 @@
 Inductor lowers, fuses and schedules the graph as it would for a compilation, and writes the wrapper: the list of
 allocations, kernel calls and releases in the order in which they run. Kernels are written, too, but never compiled.
 
-Every private name of Inductor that this needs is in this file, as seen in torch 2.11 to 2.13.
+Every private name of Inductor that this needs is in this file, as seen in torch 2.11 to 2.15.
 """
 
+import logging
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,7 @@ from torch._guards import detect_fake_mode
 from torch._inductor import ir
 from torch._inductor.codegen import wrapper
 from torch._inductor.compile_fx import _recursive_post_grad_passes as post_grad_passes
+from torch._inductor.compile_fx import _recursive_record_original_output_strides as record_output_strides
 from torch._inductor.compile_fx import fake_tensor_prop
 from torch._inductor.debug import DebugContext
 from torch._inductor.fx_passes.post_grad import view_to_reshape
@@ -26,6 +29,8 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.virtualized import V
 
 from ._temporaries import Operand, temporary_nbytes
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ def planned_changes(
     fake_mode = detect_fake_mode(inputs)
     assert fake_mode is not None
     with inductor_config.patch(dict(settings)), torch.no_grad(), preserve_rng_state(), DebugContext(), fake_mode:
+        # Subgraphs are lowered by these.
+        record_output_strides(graph)
         view_to_reshape(graph)  # type: ignore[no-untyped-call]
         fake_tensor_prop(graph, inputs)
         with V.set_fake_mode(fake_mode):
@@ -91,8 +98,15 @@ class _Ledger:
         """The changes that ``lines`` make, and the release of all that is not returned."""
         for line in lines:
             rule = _RULES.get(type(line))
-            if rule is not None:
+            if isinstance(line, str):
+                if found := _RUNS_SUBGRAPHS.fullmatch(line):
+                    self._enter_subgraphs(found.group(1))
+            elif rule is not None:
                 rule(self, line)
+            elif (name := type(line).__name__) not in _WITHOUT_MEMORY:
+                log.warning(
+                    "the predicted peak leaves out what %s allocates, which torch %s has", name, torch.__version__
+                )
         returned = {
             root
             for output in self._lowering.graph_outputs
@@ -115,9 +129,30 @@ class _Ledger:
         for root in self._held.get(other, ()):
             self._hold(name, root)
 
-    def take(self, name: str, root: str) -> None:
+    def take(self, name: str) -> None:
         """``name`` holds one of the results of an operator."""
-        self._hold(name, root)
+        if name in self._nbytes:
+            self._hold(name, name)
+            return
+        # What subgraphs return, and views of what went in.
+        result = self._lowering.try_get_buffer(name)
+        assert result is not None, name
+        if aliased := result.get_inputs_that_alias_output():
+            self.share(name, aliased[0])
+        else:
+            self.own_buffer(result)
+
+    def _enter_subgraphs(self, operator: str) -> None:
+        """What those take while they run: branches, the body of a loop, or a region that is compiled once."""
+        node = self._lowering.try_get_buffer(operator)
+        given = (value for value in vars(node).values())
+        flat = (item for value in given for item in (value if isinstance(value, list | tuple) else (value,)))
+        for graph in (item.graph for item in flat if isinstance(item, ir.Subgraph)):
+            level, levels = sympy.S.Zero, [sympy.S.Zero]
+            for change in _Ledger(graph, ()).read(graph.wrapper_code.lines):
+                level += change.nbytes
+                levels.append(level + change.temporary)
+            self.changes.append(Change(operator, sympy.S.Zero, sympy.Max(*levels)))
 
     def release(self, name: str, label: str | None = None) -> None:
         """``name`` is gone; memory that nothing else holds is freed."""
@@ -187,8 +222,27 @@ _RULES: Mapping[type, Callable[[_Ledger, Any], None]] = {
     wrapper.FreeLine: lambda ledger, line: ledger.release(line.node.get_name()),
     wrapper.ExternKernelAllocLine: lambda ledger, line: ledger.fallback(line.node),
     wrapper.ExternKernelOutLine: lambda ledger, line: ledger.call(line.node),
-    wrapper.MultiOutputLine: lambda ledger, line: ledger.take(line.result_name, line.result_name),
+    wrapper.MultiOutputLine: lambda ledger, line: ledger.take(line.result_name),
 }
+
+# What the code of an operator with subgraphs begins with: the list that their results are put in.
+_RUNS_SUBGRAPHS = re.compile(r"(\w+) = \[None\] \* \d+")
+
+# Names of lines that do nothing to memory: not every version of torch has all.
+_WITHOUT_MEMORY = frozenset(
+    {
+        *("LineContext", "DeferredLine", "CommentLine", "NullLine", "KernelDefinitionLine", "KernelCallLine"),
+        *("AssertSizeStrideLine", "GroupedAssertSizeStrideLine", "AssertDivByZeroLine", "AssertAlignmentLine"),
+        *("EnterSubgraphLine", "ExitSubgraphLine", "EnterKernelProfileScopeLine", "ExitKernelProfileScopeLine"),
+        *("EnterDeviceContextManagerLine", "ExitDeviceContextManagerLine"),
+        *("EnterDeviceContextManagerWithStreamInfoLine", "ExitDeviceContextManagerWithStreamInfoLine"),
+        *("EnterCudaStreamContextLine", "ExitCudaStreamContextLine"),
+        *("EnterCudaMemPoolContextLine", "ExitCudaMemPoolContextLine"),
+        *("DynamicScalarLine", "SymbolicCallArgLine", "UnbackedSymbolDefsLine"),
+        # These write into buffers that have lines of their own.
+        *("IndexPutFallbackLine", "ScatterFallbackLine", "ExternKernelMultiOutLine"),
+    }
+)
 
 
 def known_sizes(graph: fx.GraphModule) -> dict[sympy.Symbol, int]:

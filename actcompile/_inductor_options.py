@@ -42,6 +42,20 @@ def check_inductor(given: Any) -> None:
             )
 
 
+def check_compiles(settings: Mapping[str, Any]) -> None:
+    """Checks that Inductor, with ``settings``, decomposes and compiles what it is not told to leave alone.
+
+    Raises:
+        ConfigError: In mode="lite", also where the environment sets it: whole operators of torch's would run, codecs
+            among them, and what they compute on the way to the backward could not be seen.
+    """
+    if settings.get("fallback_by_default", _settings().fallback_by_default):
+        raise ConfigError(
+            "mode must be one in which Inductor compiles what it can, got mode='lite' (fallback_by_default=True): "
+            "leave it out, or TORCHINDUCTOR_LITE_MODE from the environment"
+        )
+
+
 def without_effect_beside(lowering: str, mode: str | None, inductor: Mapping[str, Any]) -> list[str]:
     """One line for each of Inductor's settings where graphs are interpreted."""
     if lowering != "eager":

@@ -24,7 +24,7 @@ from torch import fx
 
 from . import records, steps
 from ._config_checks import without_effect
-from ._inductor_options import check_inductor, without_effect_beside
+from ._inductor_options import check_compiles, check_inductor, without_effect_beside
 from ._patterns import warn
 from ._torch import (
     CustomPartitionerFn,
@@ -51,13 +51,13 @@ from .analysis import analyze
 from .checking import Checked
 from .config import Config
 from .errors import CompileError, ConfigError
-from .following import check_model, follow
+from .following import OutdatedPlanError, check_model, check_rows, follow, settings_anew
 from .passes import run_passes
 from .passes._naming import call_sites
 from .passes.crossing import crossings
 from .passes.fuse_weight_grad import fuse_weight_grad
 from .passes.lower import Bodies, lower_codecs, start_compiling_bodies
-from .passes.partition import baseline, partition
+from .passes.partition import baseline, is_region, partition, partition_region
 from .passes.weight_operands import is_weight_operand
 from .plan import Plan, Role
 from .planner import make_plan
@@ -110,7 +110,28 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[C
 def compile_graph(
     graph: fx.GraphModule, inputs: Sequence[Any], config: Config, settings: dict[str, Any]
 ) -> Callable[..., Any]:
-    """Compiles a training graph with compressed activations; a graph without a backward goes to Inductor untouched."""
+    """Compiles a training graph with compressed activations; a graph without a backward goes to Inductor untouched.
+
+    Where a plan's file was written under another torch, which saved other tensors, the graph is probed again.
+    """
+    plan = config.plan
+    if not isinstance(plan, Plan) or not plan.is_of_another_torch:
+        return _compile_graph(graph, inputs, config, settings)
+    reenter = reentrant_tracing()
+    try:
+        return _compile_graph(graph, inputs, config, settings)
+    except OutdatedPlanError as reason:
+        log.warning(
+            "plan was made with torch %s, and under %s %s: this graph is probed again; write the plan anew",
+            *(plan.torch, torch.__version__, reason),
+        )
+    with reenter():
+        return _compile_graph(graph, inputs, settings_anew(plan, config), settings)
+
+
+def _compile_graph(
+    graph: fx.GraphModule, inputs: Sequence[Any], config: Config, settings: dict[str, Any]
+) -> Callable[..., Any]:
     interpret = interpret_plainly if config.lowering == "eager" else None
     # What is interpreted before it is compiled, has to save the same tensors.
     settings = {**random_settings(config.lowering), **settings}
@@ -120,6 +141,7 @@ def compile_graph(
     if not torch.is_grad_enabled() or not any(_requires_grad(value) for value in inputs):
         records.note_inference()
         return compile_pair(graph, inputs, partitioner=None, interpret=interpret, settings=settings)
+    check_compiles(settings)
     roles = [
         input_role(node, value, config.padding)
         for node, value in zip(graph.graph.find_nodes(op="placeholder"), inputs, strict=True)
@@ -283,9 +305,11 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """Called by AOTAutograd with the joint graph."""
+        """Called by AOTAutograd with the joint graph, after those of regions inside of it."""
         if not self.lowered:
             count_in_signed_integers(gm)
+        if is_region(gm, self.roles):
+            return partition_region(gm, joint_inputs, **kwargs)
         self.record.count_baseline = baseline(gm, joint_inputs, self.roles, **kwargs)
         if self.record.check is not None:
             inputs = [] if self.traced is None else self.traced.graph.graph.find_nodes(op="placeholder")
@@ -303,6 +327,7 @@ class Partitioner(CustomPartitionerFn):  # type: ignore[misc]
         rows, self.record.crossings = analyze(pair), crossings(pair)
         given = self.config.plan if self.plan is None else self.plan
         if isinstance(given, Plan):
+            check_rows(given, rows)
             plan = follow(given, rows, self.config)
         else:
             plan = make_plan(rows, self.config, self.record.budget_nbytes())

@@ -135,6 +135,35 @@ def _again(plan: Plan, row: SavedTensor, config: Config) -> Decision:
     return decision
 
 
+class OutdatedPlanError(Exception):
+    """What another release of torch saves for a graph is not what a plan was made for: its bits must be found anew."""
+
+
+def check_rows(plan: Plan, rows: Sequence[SavedTensor]) -> None:
+    """Checks that a plan of another torch says what each of ``rows`` gets, where that is not the same for all.
+
+    Raises:
+        OutdatedPlanError: Naming a row that it does not know, or knows with another type.
+    """
+    standard = plan.otherwise
+    chosen = {decision.bits for decision in plan.values() if decision.action in LOSSY}
+    if not plan.is_of_another_torch or standard is None or chosen <= {standard.bits}:
+        return
+    for row in rows:
+        planned = plan.get(row.key)
+        is_chosen = not row.obstacle and row.dtype.is_floating_point and row.numel >= plan.min_numel
+        if (is_chosen and planned is None) or (planned is not None and not _FITS[planned.action](row.dtype)):
+            raise OutdatedPlanError(f"{row.key!r} is saved")
+
+
+def settings_anew(plan: Plan, config: Config) -> Config:
+    """Settings by which a graph is probed that ``plan`` was not made for, of the same mean bits."""
+    standard = plan.otherwise or Decision(Action.KEEP, "")
+    least = plan.min_numel if config.min_numel is None else config.min_numel
+    size = standard.group_size or config.group_size
+    return replace(config, plan=None, auto=True, bits=standard.bits, min_numel=least, group_size=size)
+
+
 def check_model(plan: Plan, sites: Sequence[str], is_part: bool) -> None:
     """Checks that ``plan`` was made for a graph that computes ``sites``.
 
@@ -145,6 +174,7 @@ def check_model(plan: Plan, sites: Sequence[str], is_part: bool) -> None:
 
     Raises:
         ConfigError: Naming the first call in which they differ.
+        OutdatedPlanError: The same, where another release of torch may trace another graph of the same model.
     """
     if not plan.graphs:
         return
@@ -153,6 +183,8 @@ def check_model(plan: Plan, sites: Sequence[str], is_part: bool) -> None:
     if graph in known or (is_part and any(_holds(other, graph) for other in known)):
         return
     length, closest = max(((_num_common(other, graph), other) for other in known), key=lambda found: found[0])
+    if plan.is_of_another_torch:
+        raise OutdatedPlanError(f"the model {_at(graph, length)} where the plan's {_at(closest, length)}")
     raise ConfigError(
         f"plan must be made for this model, got one that {_at(closest, length)} where this model {_at(graph, length)}: "
         f"{_REMEDY}"

@@ -198,12 +198,14 @@ class Plan(Mapping[str, Decision]):
             made by hand, which serves any model with its keys.
         otherwise: What floating-point tensors get that were too small, or not saved, at the sizes it was made at.
         min_numel: Elements below which it kept tensors.
+        torch: The release of torch that it was made with, where it comes from a file that says so.
     """
 
     decisions: Mapping[str, Decision] = field(default_factory=dict)
     graphs: tuple[tuple[str, ...], ...] = ()
     otherwise: Decision | None = None
     min_numel: int = 0
+    torch: str = field(default="", compare=False, repr=False)
 
     def __getitem__(self, key: str) -> Decision:
         return self.decisions[key]
@@ -220,11 +222,17 @@ class Plan(Mapping[str, Decision]):
         decisions = [*self.decisions.values(), *([self.otherwise] if self.otherwise else [])]
         return any(decision.action in LOSSY for decision in decisions)
 
+    @property
+    def is_of_another_torch(self) -> bool:
+        """Whether another release of torch may have saved other tensors."""
+        return bool(self.torch) and _release(self.torch) != _release(torch.__version__)
+
     def to_json(self) -> str:
         """The plan as a JSON document."""
         document: dict[str, Any] = {
             "format": PLAN_FORMAT,
             "version": PLAN_VERSION,
+            "torch": self.torch or str(torch.__version__),
             "graphs": self.graphs,
             "otherwise": self.otherwise and _to_jsonable(self.otherwise),
             "min_numel": self.min_numel,
@@ -284,7 +292,13 @@ class Plan(Mapping[str, Decision]):
             graphs=tuple(dict.fromkeys((*self.graphs, *other.graphs))),
             otherwise=self.otherwise or other.otherwise,
             min_numel=max(self.min_numel, other.min_numel),
+            torch=self.torch or other.torch,
         )
+
+
+def _release(version: str) -> list[str]:
+    """Major and minor number: "2.13.0+cpu" -> ["2", "13"]."""
+    return version.split(".")[:2]
 
 
 def _damaged(origin: str, error: ValueError) -> ConfigError:
@@ -310,6 +324,7 @@ def _from_document(document: dict[str, Any]) -> Plan:
         graphs=tuple(tuple(map(str, sites)) for sites in document.get("graphs", ())),
         otherwise=otherwise and _from_jsonable(otherwise),
         min_numel=int(document.get("min_numel", 0)),
+        torch=str(document.get("torch", "")),
     )
 
 

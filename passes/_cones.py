@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from ._fx import hint
+from ._fx import argument, draws_random_numbers, hint
 from ._noise import Demands, Noise
 
 aten = torch.ops.aten
@@ -17,6 +17,9 @@ aten = torch.ops.aten
 _MOST_NODES = 24
 
 _USER_SAVES = (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
+
+# Fused attention's operators, to begin with.
+_ATTENTION = "_scaled_dot_product"
 
 # Matrix products -> the position of the operand whose last dimension is summed over.
 _PRODUCTS = {
@@ -61,7 +64,7 @@ def cone_inputs(nodes: list[fx.Node]) -> list[fx.Node]:
 
 
 def num_flops(nodes: list[fx.Node]) -> int:
-    """Floating-point operations of the matrix products and convolutions among ``nodes``."""
+    """Floating-point operations of the matrix products, convolutions and attention among ``nodes``."""
     return sum(map(_flops, nodes))
 
 
@@ -69,6 +72,11 @@ def _flops(node: fx.Node) -> int:
     if node.target is aten.convolution.default:
         weight = node.args[1].meta["val"]  # type: ignore[union-attr]
         return 2 * hint(node.meta["val"].numel()) * math.prod(map(hint, weight.shape[1:]))
+    if getattr(node.target, "__name__", "").startswith(_ATTENTION):
+        query, key, value = (argument(node, name).meta["val"] for name in ("query", "key", "value"))
+        # Scores of all queries and keys, whatever a mask leaves out, and as many products with the values.
+        scores = hint(query.numel() // query.shape[-1]) * hint(key.shape[-2])
+        return 2 * scores * (hint(query.shape[-1]) + hint(value.shape[-1]))
     if node.target not in _PRODUCTS:
         return 0
     operand = node.args[_PRODUCTS[node.target]].meta["val"]  # type: ignore[union-attr]
@@ -89,4 +97,4 @@ def _may_run_again(node: fx.Node) -> bool:
         return True
     if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace not in ("aten", "prims"):
         return False
-    return torch.Tag.nondeterministic_seeded not in node.target.tags and not node.target._schema.is_mutable
+    return not draws_random_numbers(node) and not node.target._schema.is_mutable

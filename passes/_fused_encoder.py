@@ -7,7 +7,7 @@ Each of the three results is a pointwise node over the elements of y whose store
 fuses it like any other pointwise node, into row-wise reductions such as LayerNorm, too. That store needs whole groups
 in a program's tile: what would tile them otherwise is not fused, and such kernels have a fixed configuration.
 
-Every name of Inductor's that this needs is in this file, as seen in torch 2.11 to 2.13.
+Every name of Inductor's that this needs is in this file, as seen in torch 2.11 to 2.15.
 """
 
 import functools
@@ -20,6 +20,7 @@ import torch
 import torch._inductor.config as inductor_config
 from torch._inductor import ir
 from torch._inductor.codegen.common import DeferredLine
+from torch._inductor.codegen.simd import SIMDScheduling
 from torch._inductor.codegen.triton import FixedTritonConfig, TritonKernel, TritonScheduling
 from torch._inductor.runtime.runtime_utils import next_power_of_2
 from torch._inductor.scheduler import FusedSchedulerNode, SchedulerNode
@@ -243,16 +244,18 @@ def _keeps_groups_whole(node1: Any, node2: Any) -> bool:
 def install() -> None:
     """Lets Inductor's Triton scheduling know encoders. Graphs without them are scheduled as before."""
     scheduling: Any = TritonScheduling
-    can_fuse, tiling_and_scores = scheduling.can_fuse, scheduling.get_tiling_and_scores.__func__
+    # Since 2.14 nodes ask the class that Triton's is derived from how they are tiled.
+    simd: Any = SIMDScheduling
+    can_fuse, tiling_and_scores = scheduling.can_fuse, simd.get_tiling_and_scores.__func__
 
     def can_fuse_whole_groups(self: TritonScheduling, node1: Any, node2: Any) -> bool:
         return _keeps_groups_whole(node1, node2) and can_fuse(self, node1, node2)
 
-    def one_tiling(cls: type[TritonScheduling], nodes: Any, numel: Any, reduction_numel: Any = 1, *rest: Any) -> Any:
+    def one_tiling(cls: type[SIMDScheduling], nodes: Any, numel: Any, reduction_numel: Any = 1, *rest: Any) -> Any:
         if any(_encoders(nodes)):
             return cls.create_tiling([numel], [reduction_numel]), None
         return tiling_and_scores(cls, nodes, numel, reduction_numel, *rest)
 
     scheduling.kernel_type = EncodingKernel
     scheduling.can_fuse = scheduling.can_fuse_vertical = scheduling.can_fuse_horizontal = can_fuse_whole_groups
-    scheduling.get_tiling_and_scores = classmethod(one_tiling)
+    simd.get_tiling_and_scores = classmethod(one_tiling)

@@ -202,6 +202,22 @@ def is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 
 
+def argument(node: fx.Node, name: str) -> Any:
+    """What the operator of ``node`` was given for a parameter, or that parameter's default; None where it has none."""
+    assert isinstance(node.target, torch._ops.OpOverload), node
+    for position, parameter in enumerate(node.target._schema.arguments):
+        if parameter.name == name:
+            given = node.kwargs.get(name, parameter.default_value)
+            return node.args[position] if position < len(node.args) else given
+    return None
+
+
+def draws_random_numbers(node: fx.Node) -> bool:
+    """Whether running ``node`` again may give another result: attention without dropout, for all its tag, does not."""
+    tags = node.target.tags if isinstance(node.target, torch._ops.OpOverload) else ()
+    return torch.Tag.nondeterministic_seeded in tags and argument(node, "dropout_p") != 0.0
+
+
 def tangent_dependent(graph: fx.Graph) -> set[fx.Node]:
     """The nodes of a joint or backward graph that a tangent reaches, the tangents included."""
     dependent: set[fx.Node] = set()

@@ -7,6 +7,9 @@ from collections.abc import Container, Iterator, Sequence
 import torch
 from torch import fx
 
+# What Dynamo calls for .T, .mT, .H and .mH, from 2.14 on; before, getattr.
+_ATTRIBUTES = frozenset({"numpy_T", "mT", "matrix_H", "mH"})
+
 # Our own frames around the user's model.
 _WRAPPERS = ("actcompile/_isolated.py", "actcompile/_torch.py")
 
@@ -47,8 +50,9 @@ def call_sites(graph: fx.Graph) -> tuple[str, ...]:
 
 
 def called(node: fx.Node) -> str:
-    """Short name of what a node of Dynamo's graph calls."""
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    """Short name of what a node of Dynamo's graph calls, the same under every version of torch."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    return "getattr" if name in _ATTRIBUTES and not isinstance(node.target, str) else name
 
 
 def _yields_tensors(node: fx.Node) -> bool:

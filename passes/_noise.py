@@ -23,7 +23,7 @@ from torch import fx
 
 from ._bounded import constant_of, has_pole, is_bounded
 from ._exact_sources import exact_sources
-from ._fx import is_tensor
+from ._fx import draws_random_numbers, is_tensor
 from ._noise_rules import FACTORIZATIONS, LINEAR, LINEAR_BACKWARD, PRODUCTS
 from ._views import VIEW_OPS
 
@@ -374,7 +374,7 @@ def _is_pointwise(node: fx.Node) -> bool:
     if target in (prims.convert_element_type.default, aten.where.self):
         return True
     tags = target.tags if isinstance(target, torch._ops.OpOverload) else ()
-    return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
+    return torch.Tag.pointwise in tags and not draws_random_numbers(node)
 
 
 def _has_shape_of(value: fx.Node, node: fx.Node) -> bool:

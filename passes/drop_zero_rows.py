@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ._fx import call
+from ._fx import call, draws_random_numbers
 
 aten = torch.ops.aten
 convert = torch.ops.prims.convert_element_type.default
@@ -133,7 +133,7 @@ def _compact(node: fx.Node, operand: Callable[[fx.Node], fx.Node]) -> fx.Node:
 def _is_pointwise(node: fx.Node) -> bool:
     """Whether each element of the result needs one element of each operand, and nothing drawn at random."""
     tags = node.target.tags if isinstance(node.target, torch._ops.OpOverload) else ()
-    return node.target is convert or (torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags)
+    return node.target is convert or (torch.Tag.pointwise in tags and not draws_random_numbers(node))
 
 
 def _start(node: fx.Node, rows: Rows) -> _Row | None:

@@ -30,7 +30,7 @@ from torch._guards import TracingContext, tracing
 
 from actcompile.plan import Role
 
-from ._fx import GraphPair, Slot, fake_mode, first_user, hint, retire
+from ._fx import GraphPair, Slot, fake_mode, first_user, hint, input_index, retire
 from ._views import value_chain
 from .crossing import Crossing, saved_nbytes
 from .drop_zero_rows import drop_zero_rows
@@ -100,6 +100,22 @@ def partition(
     if recompute == "full":
         offer_inputs(pair)
     return pair
+
+
+def is_region(joint: fx.GraphModule, input_roles: Sequence[Role]) -> bool:
+    """Whether ``joint`` is what a region computes that the user had compiled once for all of its calls.
+
+    AOTAutograd splits such subgraphs first, by the same partitioner; the seed is no input of theirs.
+    """
+    inputs = joint.graph.find_nodes(op="placeholder")
+    return all(input_index(node) != len(input_roles) - 1 for node in inputs)
+
+
+def partition_region(
+    joint: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Splits a region as torch.compile does: of what it saves, the graph around it has the rows, all exact."""
+    return min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)  # type: ignore[no-any-return]
 
 
 def _embeddings_as_indexing(graph: fx.Graph) -> None:

@@ -31,7 +31,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from ._naming import module_path
+from ._naming import called, module_path
 from ._sample_operators import SampleOperators, named_padding
 
 # Calls that are replaced one by one, with their arguments as they are.
@@ -219,8 +219,7 @@ def _dim_and_dtype(softmax: fx.Node) -> tuple[Any, Any]:
 
 
 def _name(node: fx.Node) -> str:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name.removesuffix("_")
+    return called(node).removesuffix("_")
 
 
 def _value(node: Any) -> Any:

@@ -20,7 +20,17 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from actcompile.plan import Role
 
-from ._fx import GraphPair, Slot, first_user, graph_outputs, hint_nbytes, is_tensor, retire, size_args
+from ._fx import (
+    GraphPair,
+    Slot,
+    draws_random_numbers,
+    first_user,
+    graph_outputs,
+    hint_nbytes,
+    is_tensor,
+    retire,
+    size_args,
+)
 from ._views import ALIAS_OPS, VALUE_PRESERVING_OPS
 from .held import is_value, needs_gradient
 from .recompute import let_cross
@@ -103,7 +113,7 @@ def _is_cheap(node: fx.Node) -> bool:
         return False
     if node.target in _MOVES or node.target in _REDUCTIONS or node.target is _CONVERT:
         return True
-    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in node.target.tags:
+    if not isinstance(node.target, torch._ops.OpOverload) or draws_random_numbers(node):
         return False
     return torch.Tag.pointwise in node.target.tags and not node.target._schema.is_mutable
 

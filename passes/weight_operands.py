@@ -2,6 +2,8 @@
 
 from torch import fx
 
+from ._naming import called
+
 # Operators of Dynamo's graphs that read weights -> their positions and names.
 _LAYERS: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
     "linear": ((1, 2), ("weight", "bias")),
@@ -40,7 +42,7 @@ def is_weight_operand(placeholder: fx.Node) -> bool:
         for user in node.users:
             if user.op == "output":
                 return False
-            name = _name(user)
+            name = called(user)
             if name in _SAME and user.args[:1] == (node,):
                 if user not in seen:
                     seen.add(user)
@@ -50,10 +52,6 @@ def is_weight_operand(placeholder: fx.Node) -> bool:
             else:
                 return False
     return found
-
-
-def _name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def _reads_as_weight(user: fx.Node, name: str, node: fx.Node) -> bool:

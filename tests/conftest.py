@@ -25,9 +25,9 @@ def _is_left_out(item: pytest.Item, expression: str) -> bool:
 @pytest.fixture(autouse=True)
 def fresh_state() -> Iterator[None]:
     """Nothing compiled, nothing recorded, fixed seeds."""
+    torch._dynamo.utils.counters.clear()
     actcompile.reset()
     actcompile.set_rng_state({"position": 0})
     torch.manual_seed(0)
-    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()

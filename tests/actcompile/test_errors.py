@@ -25,6 +25,8 @@ BAD = [
     ({"sparsity": 1.2}, ["sparsity must be a share", "1.2", "try 0.8"]),
     ({"level": "L7"}, ["level must be one of L0, L1", "'L7'"]),
     ({"mode": "fastest"}, ["mode must be one of default", "'fastest'"]),
+    ({"mode": "lite"}, ["mode must be one in which Inductor compiles", "'lite'", "leave it out"]),
+    ({"inductor": {"fallback_by_default": True}}, ["mode must be one in which Inductor compiles", "'lite'"]),
     ({"inductor": 3}, ["inductor must be a dict", "3"]),
     ({"plan": "nowhere/plan.json"}, ["plan must name a readable file", "nowhere/plan.json"]),
 ]

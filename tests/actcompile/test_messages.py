@@ -299,7 +299,9 @@ def test_modules_of_torchs_own_compiled_in_place() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.GELU())
     model.compile(backend="act", options=EAGER)
     model(X).sum().backward()
-    assert "use actcompile.transform(model)" in str(actcompile.report(model))
+    report = actcompile.report(model)
+    # Dynamo skips them, until 2.14.
+    assert ("use actcompile.transform(model)" in str(report)) == (not report.rows)
     assert actcompile.report(actcompile.transform(model, **EAGER)).notes == ()
 
 

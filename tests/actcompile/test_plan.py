@@ -224,3 +224,71 @@ def test_a_plan_of_another_model_is_refused() -> None:
     actcompile.reset()
     with pytest.raises(ConfigError, match="it was made for another model"):
         run(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8)), plan=plan)
+
+
+class Doubled(nn.Module):
+    """What a new release of torch may do to a graph: the same values, by another name."""
+
+    def __init__(self, model: nn.Module, another: bool) -> None:
+        super().__init__()
+        self.model, self.another = model, another
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.model:
+            x = layer.forward(x)
+        return x.erf() if self.another else x.tanh()
+
+
+def written_under(version: str, plan: Plan, folder: Path, without: str | None = None) -> Path:
+    """The file of ``plan`` as ``version`` of torch would have written it, one row left out."""
+    document = json.loads(plan.to_json())
+    assert document["torch"] == torch.__version__
+    document["torch"] = version
+    if without is not None:
+        del document["decisions"][without]
+    (folder / "plan.json").write_text(json.dumps(document))
+    return folder / "plan.json"
+
+
+def test_a_plan_of_another_torch_is_followed_where_rows_are_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = actcompile.profile(model := layers(), torch.randn(8, 64), loss=torch.sum, config=Config(min_numel=0))
+    run(model, plan=written_under("1.99.0", plan, tmp_path))
+    assert plan_of(model) == plan
+    assert not [record for record in caplog.records if "probed again" in record.message]
+
+
+@pytest.mark.parametrize(("version", "probed"), [("1.99.0", True), (torch.__version__, False)])
+def test_a_graph_with_other_rows_is_probed_again_under_another_torch(
+    version: str, probed: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Under the same torch, what the plan does not know was too small for it, and gets its mean bits."""
+    model = layers()
+    plan = actcompile.profile(model, torch.randn(8, 64), loss=torch.sum, config=Config(bits=3, min_numel=0))
+    lost = next(key for key, decision in plan.items() if decision.action is Action.QUANTIZE)
+    path = written_under(version, plan, tmp_path, without=lost)
+    step = torch.compile(model, backend="act", options={**EAGER, "plan": path})
+    for _ in range(2):
+        step(torch.randn(64, 64)).sum().backward()
+    (record,) = records.finished()
+    assert (record.profile is not None) == probed
+    assert record.config.automatic == probed
+    messages = [r.message for r in caplog.records if "probed again" in r.message]
+    assert [f"made with torch {version}" in message and repr(lost) in message for message in messages] == [
+        True
+    ] * probed
+    if probed:
+        assert record.plan[lost].bits is not None
+        assert record.config.average_bits == 3
+
+
+def test_another_graph_is_probed_again_under_another_torch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plan = actcompile.profile(
+        Doubled(layers(), False), torch.randn(8, 64), loss=torch.sum, config=Config(bits=3, min_numel=0)
+    )
+    with pytest.raises(ConfigError, match="made for another model"):
+        run(Doubled(layers(), True), plan=plan)
+    actcompile.reset()
+    run(Doubled(layers(), True), plan=written_under("1.99.0", plan, tmp_path))
+    assert ["where the plan's" in r.message for r in caplog.records if "probed again" in r.message] == [True]

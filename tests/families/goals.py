@@ -25,8 +25,8 @@ ERROR = 0.05
 _OF_COMPILE = 1.5
 # How many times less is stored than by torch.compile, by precision.
 RATIOS: Mapping[str, float] = {"fp32": 7.0, "bf16": 3.5, "autocast": 3.5}
-# The mean of a few draws on the exact gradient may be off by this or by chance, what is stored from what the report says
-# by that.
+# The mean of a few draws on the exact gradient may be off by this or by chance, and what is stored from what the report
+# says by that.
 _BIAS = 0.05
 _UNREPORTED = 0.02
 

@@ -55,8 +55,12 @@ def trace(function: Callable[..., Any], *inputs: Tensor, recompute: str = "none"
 
     def split(joint: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
         joint_graph_passes(joint)
-        found.append(partition(joint, joint_inputs, recompute=recompute, lossy=True, input_roles=roles, **kwargs))
-        return found[0].forward, found[0].backward
+        pair = partition(joint, joint_inputs, recompute=recompute, lossy=True, input_roles=roles, **kwargs)
+        found.append(pair)
+        # What is returned here runs as its code says, which ``sync`` left as it was.
+        for module in (pair.forward, pair.backward):
+            module.recompile()
+        return pair.forward, pair.backward
 
     seed = torch.tensor(1234)
     outputs = _traced(function, split)(*inputs, seed)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import actcompile
 from actcompile.passes._fx import hint_nbytes
 
 from .pairs import Traced, trace
@@ -118,3 +119,24 @@ def test_comparisons_are_made_in_the_forward() -> None:
     assert "eq" in saved(traced)
     assert "mm" not in saved(traced)
     assert not [n for n in traced.pair.backward.graph.nodes if n.target is torch.ops.aten.eq.Tensor]
+
+
+def test_regions_that_are_compiled_once_are_split_as_torch_does() -> None:
+    """Their subgraphs come to the same partitioner first; what they save are rows of the graph around them."""
+
+    @torch.compiler.nested_compile_region
+    def region(x: torch.Tensor) -> torch.Tensor:
+        return (x.sin() @ torch.ones(16, 16)).cos()
+
+    w = torch.randn(16, 16, requires_grad=True)
+    x = torch.randn(8, 16)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return region(region(x @ w)).sum()
+
+    (expected,) = torch.autograd.grad(loss(x), w)
+    step = torch.compile(loss, backend="act", options={"bits": 4, "min_numel": 0, "lowering": "eager"})
+    (found,) = torch.autograd.grad(step(x), w)
+    torch.testing.assert_close(found, expected)
+    rows = [row for row in actcompile.report().rows if row.op == "invoke_subgraph"]
+    assert rows and {str(row.action) for row in rows} == {"keep"}

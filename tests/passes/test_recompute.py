@@ -12,6 +12,7 @@ import actcompile
 from actcompile import Plan, records
 from actcompile.passes import PIPELINE, run_passes
 from actcompile.passes._cones import cone
+from actcompile.passes._fx import draws_random_numbers
 from actcompile.passes.recompute import recompute_saved
 from actcompile.plan import Action, Decision
 
@@ -157,6 +158,36 @@ def test_what_must_not_run_again(function: object, op: str) -> None:
     (slot,) = (slot for slot, row in zip(traced.pair.slots, traced.rows(), strict=True) if row.op == op)
     assert cone(slot.source, set(slot.source.all_input_nodes)) is None
     assert [row.recomputation for row in traced.rows() if row.op == op] == [None]
+
+
+def test_attention_runs_again() -> None:
+    """Its output, from the queries, keys and values that its backward needs anyway."""
+
+    def function(w: torch.Tensor, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (value.transpose(1, 2) for value in (x @ w).view(2, 16, 3, 4, 8).unbind(2))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(2, 16, 32) @ out
+
+    traced = trace(function, weight(8, 96), weight(32, 8), torch.randn(2, 16, 8), recompute="full")
+    (row,) = (row for row in traced.rows() if "attention" in row.op)
+    assert row.recomputation is not None
+    assert row.recomputation.flops == 2 * (2 * 4) * 16 * 16 * (8 + 8)
+    before = traced.run()
+    run_passes(traced.pair, traced.keep_all(**{row.op: RECOMPUTE}), PIPELINE)
+    assert row.key not in {slot.key for slot in traced.pair.slots}
+    torch.testing.assert_close(traced.run(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["flash_attention_for_cpu", "flash_attention", "cudnn_attention"])
+def test_attention_draws_random_numbers_where_it_drops(name: str) -> None:
+    operator = getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default
+    graph = torch.fx.Graph()
+    # Here, what comes ahead of the share: a bias, and whether the log-sum-exp is wanted.
+    between = (None, True) if name == "cudnn_attention" else ()
+    operands = (graph.placeholder("q"), graph.placeholder("k"), graph.placeholder("v"), *between)
+    for given, expected in (((), False), ((0.0,), False), ((0.5,), True), ((graph.placeholder("p"),), True)):
+        assert draws_random_numbers(graph.call_function(operator, (*operands, *given))) is expected
+    assert draws_random_numbers(graph.call_function(torch.ops.aten.bernoulli.default, operands[:1]))
+    assert not draws_random_numbers(graph.call_function(torch.ops.aten.sin.default, operands[:1]))
 
 
 def test_what_the_user_saves_is_saved() -> None:

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sympy
 import torch
 import torch._inductor.config as inductor_config
 from torch import Tensor
+from torch._inductor.codegen.simd import SIMDScheduling
+from torch._inductor.codegen.triton import TritonScheduling
 from torch.nn import functional as F
 
+from actcompile.passes import _fused_encoder
 from actcompile.passes.lower import free_inputs
 from actcompile.triton_kernels.quantize import FLOAT_DTYPES, PLANES
 
@@ -127,11 +131,11 @@ def test_beside_a_reduction_of_columns(tmp_path: Path) -> None:
 def test_transposed_readers(tmp_path: Path) -> None:
     """What reads the tensor in another order would tile it otherwise."""
 
-    def function(x: Tensor) -> list[Tensor]:
+    def function(x: Tensor, z: Tensor) -> list[Tensor]:
         y = x.exp()
-        return [y, y.t().contiguous()]
+        return [y, y.t() + z]
 
-    assert_encoded_in_calls(function, [torch.randn(64, 256)], 2, tmp_path)
+    assert_encoded_in_calls(function, [torch.randn(64, 256), torch.randn(256, 64)], 2, tmp_path)
 
 
 @pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
@@ -211,3 +215,12 @@ def test_unpacking_in_what_reads_it(tmp_path: Path) -> None:
     assert [call.is_kernel for call in code.calls] == [True]
     (got,) = run(code, [packed, x], tmp_path)
     assert torch.equal(got, unpack(packed, x))
+
+
+def test_every_class_that_is_asked_tiles_encoders_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Since 2.14, nodes ask the one that Triton's scheduling is derived from."""
+    _fused_encoder.install()
+    monkeypatch.setattr(_fused_encoder, "_encoders", lambda nodes: iter(nodes))
+    for scheduling in (SIMDScheduling, TritonScheduling):
+        tiling = scheduling.select_tiling([object()], sympy.Integer(512), sympy.S.One)
+        assert tiling == {"x": 512, "r0_": 1}
