@@ -29,7 +29,7 @@ from .torch_sources import TorchSources
 # Of each minor version the release that is tested, with the Triton that it comes with.
 PINS: Mapping[str, tuple[str, str]] = {
     "2.11": ("2.11.0", "3.6.0"),
-    "2.12": ("2.12.1", "3.7.0"),
+    "2.12": ("2.12.1", "3.7.1"),
     "2.13": ("2.13.0", "3.7.1"),
     "2.14": ("2.14.1", "3.8.0"),
     "2.15": ("2.15.0", "3.9.0"),
@@ -120,7 +120,7 @@ def check(version: str, folder: Path, arguments: Sequence[str]) -> Row:
 
 
 def _triton(site_packages: Path) -> str:
-    found = [path.name.split("-")[1] for path in site_packages.glob("triton-*.dist-info")]
+    found = [path.stem.removeprefix("triton-") for path in site_packages.glob("triton-*.dist-info")]
     return found[0] if found else ""
 
 
