@@ -84,7 +84,7 @@ def prepare(version: str, folder: Path) -> Path:
 
 def run_tests(python: Path, arguments: Sequence[str], report: Path) -> int:
     """Runs pytest, which writes ``report``; its exit status."""
-    command = [python, "-m", "pytest", "--quiet", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments]
+    command = [str(python), "-m", "pytest", "--quiet", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments]
     # Generated code of other versions is none for this one.
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(report.parent / "inductor")}
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **cache}, check=False).returncode
