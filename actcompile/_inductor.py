@@ -103,9 +103,9 @@ class _Ledger:
                     self._enter_subgraphs(found.group(1))
             elif rule is not None:
                 rule(self, line)
-            elif (name := type(line).__name__) not in _WITHOUT_MEMORY:
+            elif (unknown := type(line).__name__) not in _WITHOUT_MEMORY:
                 log.warning(
-                    "the predicted peak leaves out what %s allocates, which torch %s has", name, torch.__version__
+                    "the predicted peak leaves out what %s allocates, which torch %s has", unknown, torch.__version__
                 )
         returned = {
             root
@@ -148,6 +148,7 @@ class _Ledger:
         given = (value for value in vars(node).values())
         flat = (item for value in given for item in (value if isinstance(value, list | tuple) else (value,)))
         for graph in (item.graph for item in flat if isinstance(item, ir.Subgraph)):
+            assert graph is not None, operator
             level, levels = sympy.S.Zero, [sympy.S.Zero]
             for change in _Ledger(graph, ()).read(graph.wrapper_code.lines):
                 level += change.nbytes

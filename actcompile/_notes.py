@@ -16,7 +16,7 @@ from .steps import Call
 _forgotten: dict[str, int] = {}
 # Where Dynamo's own remedy is not all that it takes.
 _MORE = {
-    # Its operator for CPUs saves a None, which AOTAutograd refuses; seen in 2.11 to 2.13.
+    # Its operator for CPUs saves a None, which AOTAutograd refuses; seen in 2.11 to 2.15.
     "LSTM(": "for an LSTM on a CPU set torch.backends.mkldnn.enabled = False besides",
 }
 

@@ -4,7 +4,7 @@ Compiled code draws seeds from torch's generator, and makes each number of seed 
 et al., 2011), in the backward the same as in the forward. The bodies that torch gives these operators draw all numbers
 from its generator instead, others each time. Here, uniform ones (dropout's) are those of compiled code:
 
-    CPU     key (seed mod 2^32, 0), counter (position, 0, 0, 0), word & (2^31 - 1)    (cpp_prefix.h, 2.11 to 2.13)
+    CPU     key (seed mod 2^32, 0), counter (position, 0, 0, 0), word & (2^31 - 1)    (cpp_prefix.h, 2.11 to 2.15)
     Triton  key (seed mod 2^32, seed / 2^32), the same counter, word or its complement where it is negative (tl.rand)
 
 Numbers that are normally distributed, and integers, come from a generator that the seed starts: others than in compiled

@@ -18,7 +18,7 @@ import torch._inductor.codegen.common as codegen_common
 import torch._inductor.config as inductor_config
 from torch import fx
 
-# 2.11 to 2.13.
+# 2.11 to 2.15.
 from torch._dynamo import trace_rules
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.source import ConstantSource
@@ -165,7 +165,7 @@ def _compiled_arguments() -> tuple[Any, Any] | None:
     """What the compiled function that is running was called with; to be called while Dynamo compiles."""
     frame = sys._getframe()
     while frame is not None:
-        # Seen in 2.11 to 2.13.
+        # Seen in 2.11 to 2.15.
         if frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame":
             return frame.f_locals.get("args"), frame.f_locals.get("kwargs")
         frame = frame.f_back  # type: ignore[assignment]
@@ -496,7 +496,7 @@ def mark_dynamic_batch(value: torch.Tensor) -> None:
 def num_in_memory(value: torch.Tensor) -> int:
     """Tensors that lie in the memory of ``value``, itself included."""
     memory = value.untyped_storage()
-    # Seen in 2.11 to 2.13; one more is the object that stands for the memory here.
+    # Seen in 2.11 to 2.15; one more is the object that stands for the memory here.
     return torch._C._storage_Use_Count(memory._cdata) - 1  # type: ignore[attr-defined, no-any-return]
 
 

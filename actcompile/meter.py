@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-# Seen in torch 2.11 to 2.13.
+# Seen in torch 2.11 to 2.15.
 from torch._C._profiler import _ExtraFields_Allocation, _ProfilerEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 

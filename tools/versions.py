@@ -29,7 +29,7 @@ from .torch_sources import TorchSources
 # Of each minor version the release that is tested, with the Triton that it comes with.
 PINS: Mapping[str, tuple[str, str]] = {
     "2.11": ("2.11.0", "3.6.0"),
-    "2.12": ("2.12.1", "3.7.0"),
+    "2.12": ("2.12.1", "3.7.1"),
     "2.13": ("2.13.0", "3.7.1"),
     "2.14": ("2.14.1", "3.8.0"),
     "2.15": ("2.15.0", "3.9.0"),
@@ -84,7 +84,7 @@ def prepare(version: str, folder: Path) -> Path:
 
 def run_tests(python: Path, arguments: Sequence[str], report: Path) -> int:
     """Runs pytest, which writes ``report``; its exit status."""
-    command = [python, "-m", "pytest", "--quiet", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments]
+    command = [str(python), "-m", "pytest", "--quiet", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments]
     # Generated code of other versions is none for this one.
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(report.parent / "inductor")}
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **cache}, check=False).returncode
@@ -120,7 +120,7 @@ def check(version: str, folder: Path, arguments: Sequence[str]) -> Row:
 
 
 def _triton(site_packages: Path) -> str:
-    found = [path.name.split("-")[1] for path in site_packages.glob("triton-*.dist-info")]
+    found = [path.stem.removeprefix("triton-") for path in site_packages.glob("triton-*.dist-info")]
     return found[0] if found else ""
 
 

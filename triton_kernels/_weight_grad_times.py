@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import torch
 
-# Seen in torch 2.11 to 2.13.
+# Seen in torch 2.11 to 2.15.
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 

@@ -300,7 +300,7 @@ def test_modules_of_torchs_own_compiled_in_place() -> None:
     model.compile(backend="act", options=EAGER)
     model(X).sum().backward()
     report = actcompile.report(model)
-    # Dynamo skips them, until 2.14.
+    # Up to 2.13, Dynamo skips them.
     assert ("use actcompile.transform(model)" in str(report)) == (not report.rows)
     assert actcompile.report(actcompile.transform(model, **EAGER)).notes == ()
 

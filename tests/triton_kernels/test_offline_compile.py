@@ -38,12 +38,14 @@ def _fresh_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 # Per thread: a codec leaves room for other programs, a matrix product fills a processor.
 MAX_REGISTERS, MAX_PRODUCT_REGISTERS = 128, 256
+# Bytes of a thread; with Triton 3.8 and 3.9 a few of weight_grad's and sparsify's hundred shapes spill up to 32.
+MAX_SPILLED = 0 if TABLE_VERSIONS == VERSIONS else 32
 
 
 def assert_in_registers(compiled: Any, max_registers: int = MAX_REGISTERS) -> None:
-    """Nothing spilled."""
+    """Nothing spilled, by the Triton that the table is of."""
     row = read_row(compiled)
-    assert row["spilled_nbytes"] == "0", row
+    assert int(row["spilled_nbytes"]) <= MAX_SPILLED, row
     assert 0 < int(row["registers"]) <= max_registers, row
 
 
