@@ -150,7 +150,7 @@ def test_of_attention_only_the_output_is_saved() -> None:
     ],
 )
 def test_divisors_stay_exact(function: Callable[..., Tensor], op: str, has_pole: bool) -> None:
-    """What the gradient is multiplied by is saved in their place: an error in it stays as it is; exact if it has a pole."""
+    """What the gradient is multiplied by is saved in their place: an error in it stays as it is; with a pole, exact."""
     rows = rows_of(function, torch.rand(64, 64).requires_grad_(), torch.rand(64, 64))
     (row,) = (row for row in rows.values() if row.role is Role.ACTIVATION)
     assert (row.op, row.shape) == (op, (64, 64))
