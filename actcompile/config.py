@@ -28,9 +28,9 @@ class Config:
             what torch.compile saves. Bits are chosen by sensitivities, unless ``auto`` is False. Where several
             calls share a graph or a step has several graphs, it holds from the second step on.
         noise: Predicted E|g' - g|^2 / |g|^2 over the trainable parameters: the fewest bytes that reach it.
-        auto: Per-tensor bits from sensitivities, measured in the first step, which is interpreted and takes about twice
-            the memory of a compiled one where samples meet, as in batch normalization (``profile`` on a small batch
-            avoids that); otherwise all get the same.
+        auto: Per-tensor bits from sensitivities, measured in the first step, which is interpreted, stores 3 bits per
+            element at the least, and takes about twice the memory of a compiled one where samples meet, as in batch
+            normalization (``profile`` on a small batch avoids that); otherwise all get the same.
         group_size: Elements that share one scale, at the most: a power of two from 32 to 4096. Where rows, the last
             dimension in memory, are no multiple of it, the largest power of two that divides them, so that no group
             holds parts of two; below 64 elements, and where that size is dynamic, rows share groups.

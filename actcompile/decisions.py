@@ -88,25 +88,27 @@ def nbytes_at(row: SavedTensor, bits: float, config: Config) -> float:
     return without + (quantized_nbytes(row.numel, 8, group_size, row.dtype) - without) * bits / 8
 
 
-def noise_of(row: SavedTensor, decision: Decision, profile: Profile) -> float:
-    """What a decision adds to E|g' - g|^2; infinite where the sensitivity of ``row`` to it is not known."""
+def noise_of(row: SavedTensor, decision: Decision, profile: Profile, level: float | None = None) -> float:
+    """What a decision adds to E|g' - g|^2, with ``level`` as of ``Sensitivity.noise``; infinite where the sensitivity
+    of ``row`` to it is not known.
+    """
     known = profile.sensitivities.get(row.key)
     if decision.action is Action.SAMPLE:
-        return _sampling_noise(known, decision)
+        return _sampling_noise(known, decision, level)
     if decision.bits is None:
         return 0.0
     if known is None:
         return math.inf
     if decision.action is Action.SPARSIFY:
         return known.pruned.get(decision.pruning, math.inf)
-    return known.noise(decision.bits)
+    return known.noise(decision.bits, level)
 
 
-def _sampling_noise(known: Sensitivity | None, decision: Decision) -> float:
+def _sampling_noise(known: Sensitivity | None, decision: Decision, level: float | None) -> float:
     if known is None or known.sampled is None or decision.rows is None:
         return math.inf
     # A row that is kept counts as many times more as there are others, and so does its noise.
-    return known.sampled + (0.0 if decision.bits is None else known.noise(decision.bits) / decision.rows)
+    return known.sampled + (0.0 if decision.bits is None else known.noise(decision.bits, level) / decision.rows)
 
 
 def decide(row: SavedTensor, config: Config, bits: int | None) -> Decision:

@@ -18,7 +18,7 @@ Terms, used throughout with these meanings:
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -48,6 +48,9 @@ class Action(str, Enum):
     def __str__(self) -> str:
         return self.value
 
+
+# Bits at which it is measured what pairs of tensors add.
+PAIR_BITS = 2
 
 # What may come back with an error.
 LOSSY = frozenset({Action.QUANTIZE, Action.SPARSIFY, Action.SAMPLE})
@@ -163,10 +166,11 @@ class Sensitivity:
         variance: Code bits -> E|g' - g|^2 over the trainable parameters when this tensor alone is rounded to them.
         method: How it was found: "probed" by the product through the backward graph, or "perturbed", by noise in this
             tensor alone.
-        excess: What a variance v grows by among other rounded tensors, in units of v^2.
+        excess: What the variance v on two bits grows by among other tensors on two bits, in units of v^2.
         pruned: Pruning -> E|g' - g|^2 when this tensor alone is pruned so: the square of the bias, and the variance
             that rounding what is left adds. Prunings that were not measured are not there.
         sampled: The same when as many of its rows are sampled as the settings say, or None where that was not measured.
+        handed_on: The share of ``variance`` that lies in gradients handed to earlier graphs.
     """
 
     variance: Mapping[int, float]
@@ -174,18 +178,74 @@ class Sensitivity:
     excess: float = 0.0
     pruned: Mapping[Pruning, float] = field(default_factory=dict)
     sampled: float | None = None
+    handed_on: float = 0.0
 
-    def noise(self, bits: int) -> float:
-        """The tensor's part of E|g' - g|^2 when the others are rounded, too."""
-        return self.variance[bits] * (1 + self.excess * self.variance[bits])
+    def weighed(self, weight: float) -> "Sensitivity":
+        """The same where what is handed on counts ``weight`` times."""
+        factor = 1 - self.handed_on + self.handed_on * weight
+        return replace(
+            self,
+            variance={bits: factor * value for bits, value in self.variance.items()},
+            excess=self.excess / factor if factor else 0.0,
+            pruned={pruning: factor * value for pruning, value in self.pruned.items()},
+            sampled=None if self.sampled is None else factor * self.sampled,
+        )
+
+    def noise(self, bits: int, level: float | None = None) -> float:
+        """The tensor's part of E|g' - g|^2 when the others are rounded, too.
+
+        Pairs were measured where all tensors have two bits. More noise than that adds in proportion. With less, what
+        pairs add falls faster: where it is many times the rest, triples and more are in it, as of an exponential.
+
+        Args:
+            bits: Of its codes.
+            level: Noise of all tensors, in units of theirs on two bits; that of this tensor when left out.
+        """
+        variance, usual = self.variance[bits], self.variance.get(PAIR_BITS, 0.0)
+        if not usual or not self.excess:
+            return variance
+        level = variance / usual if level is None else level
+        grown = 1 + 2 * self.excess * usual
+        ratio = grown**level if level <= 1 else 1 + (grown - 1) * level
+        return variance * (1 + ratio) / 2
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What one probe of a graph found: sensitivities by row key, and |g|^2 over the trainable parameters."""
+    """What one probe of a graph found: sensitivities by row key, and |g|^2 over the trainable parameters.
+
+    ``handed_square`` is the part of that which lies in gradients handed to earlier graphs.
+    """
 
     sensitivities: Mapping[str, Sensitivity]
     gradient_square: float
+    handed_square: float = 0.0
+
+    @property
+    def own_square(self) -> float:
+        """|g|^2 over the parameters of the graph itself."""
+        return self.gradient_square - self.handed_square
+
+    def level(self, ways: Iterable[tuple[str, int | Pruning]]) -> float:
+        """Noise of tensors that are stored in these ways, to first order, in units of what all add on two bits.
+
+        Args:
+            ways: Row keys with bits of codes, or what is kept of each block.
+        """
+        known = ((self.sensitivities[key], way) for key, way in ways if key in self.sensitivities)
+        noise = sum(s.pruned.get(way, 0.0) if isinstance(way, Pruning) else s.variance[way] for s, way in known)
+        usual = sum(found.variance.get(PAIR_BITS, 0.0) for found in self.sensitivities.values())
+        return noise / usual if usual else 0.0
+
+    def seen_from(self, earlier_square: float) -> "Profile":
+        """Sensitivities where noise in what is handed on is what it becomes: noise of the same share in the gradients
+        that earlier graphs compute from it, ``earlier_square`` in all.
+        """
+        if not self.handed_square or not earlier_square:
+            return self
+        weight = earlier_square / self.handed_square
+        weighed = {key: found.weighed(weight) for key, found in self.sensitivities.items()}
+        return Profile(weighed, self.own_square)
 
 
 @dataclass(frozen=True)

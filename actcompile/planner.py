@@ -21,12 +21,21 @@ from .errors import ConfigError
 from .overflow import counted_nbytes, step_nbytes, with_offloaded, with_recomputed
 from .plan import Action, Decision, Plan, Profile, SavedTensor
 
-__all__ = ["ProbedGraph", "counted_nbytes", "host_nbytes", "make_plan", "predicted_noise", "solve", "stored_nbytes"]
+__all__ = [
+    "ProbedGraph",
+    "counted_nbytes",
+    "host_nbytes",
+    "make_plan",
+    "noise_level",
+    "predicted_noise",
+    "solve",
+    "stored_nbytes",
+]
 
 # How far sensitivities may be off: bits below uniform ones have to promise more than this.
 _TRUST = 1.4
-# Of what is read in fewer bits, next to nothing can be said.
-_PROBED_BITS = 2
+# Derivatives are taken at what codes hold. On fewer bits they are several times as large as at the exact tensors.
+_PROBED_BITS = 3
 # How far what pruning adds may be estimated too low, where more than gradients of weights read the tensor.
 _CAUTION = 2.0
 
@@ -46,7 +55,7 @@ class ProbedGraph:
 def make_plan(rows: Sequence[SavedTensor], config: Config, budget_nbytes: float | None = None) -> Plan:
     """One decision per row: lossless steps and uniform bits, those of ``config`` or as many as ``budget_nbytes`` allow.
 
-    While a graph waits to be probed, nothing is offloaded, and without a budget codes have 2 bits at the least.
+    While a graph waits to be probed, nothing is offloaded, and without a budget codes have 3 bits at the least.
 
     Raises:
         ConfigError: When the least takes too much memory.
@@ -119,7 +128,17 @@ def solve(graphs: Sequence[ProbedGraph], config: Config, budget_nbytes: float | 
 
 def predicted_noise(rows: Sequence[SavedTensor], plan: Plan, profile: Profile) -> float:
     """The variance that ``plan`` adds to the gradient, as far as sensitivities are known."""
-    return sum(noise_of(row, plan[row.key], profile) for row in rows if row.key in profile.sensitivities)
+    level = noise_level(plan, profile)
+    return sum(noise_of(row, plan[row.key], profile, level) for row in rows if row.key in profile.sensitivities)
+
+
+def noise_level(plan: Plan, profile: Profile) -> float:
+    """How noisy all tensors are with ``plan``, as ``Sensitivity.noise`` takes it."""
+    return profile.level(
+        (key, decision.pruning if decision.action is Action.SPARSIFY else decision.bits)
+        for key, decision in plan.items()
+        if decision.bits is not None
+    )
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What is remembered about the graphs of this process, for reports."""
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -68,8 +69,23 @@ class GraphRecord:
 
     @property
     def own_profile(self) -> Profile | None:
-        """What the last probe found, once there was one."""
-        return None if self.probe is None else self.probe.profile
+        """What the last probe found, once there was one: noise that is handed to earlier graphs of a step counts for
+        what it becomes there.
+        """
+        found = None if self.probe is None else self.probe.profile
+        if found is None or not found.handed_square:
+            return found
+        return found.seen_from(sum(graph.num_calls * graph.own_square() for graph in self._earlier()))
+
+    def own_square(self) -> float:
+        """|g|^2 over the graph's parameters, 0 where it was not probed."""
+        found = None if self.probe is None else self.probe.profile
+        return 0.0 if found is None else found.own_square
+
+    def _earlier(self) -> "Iterator[GraphRecord]":
+        """The graphs that a step calls before this one, which were compiled before it."""
+        known = self.companions or of_settings(self.config)
+        return itertools.takewhile(lambda graph: graph is not self, (graph for graph in _records if graph in known))
 
     @property
     def profile(self) -> Profile | None:

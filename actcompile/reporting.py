@@ -17,7 +17,7 @@ from .choices import DEFAULT_BITS
 from .decisions import noise_of
 from .memory import Timeline, step_peak
 from .plan import Action, Decision, Role, SavedTensor
-from .planner import host_nbytes, predicted_noise, stored_nbytes
+from .planner import host_nbytes, noise_level, predicted_noise, stored_nbytes
 from .steps import Call
 
 if TYPE_CHECKING:
@@ -199,7 +199,8 @@ def folded_name(modules: Sequence[str]) -> str:
 def make_report(calls: Sequence[Call], notes: Sequence[str] = ()) -> Report:
     """The report on what ``calls`` stored, with ``notes`` on what is missing."""
     known = _Once()
-    rows = [_report_row(call, row, known.has_stored(call, row)) for call in calls for row in call.rows]
+    square = _gradient_square(calls)
+    rows = [_report_row(call, row, square, known.has_stored(call, row)) for call in calls for row in call.rows]
     timelines = tuple(call.record.timeline for call in calls if call.record.timeline is not None)
     predictions = {call.record: functools.cache(call.record.predicted_timeline) for call in calls}
     return Report(
@@ -240,13 +241,18 @@ class _Once:
         return total
 
 
-def _report_row(call: Call, row: SavedTensor, is_stored_before: bool = False) -> ReportRow:
+def _gradient_square(calls: Sequence[Call]) -> float:
+    """|g|^2 over the parameters of all graphs that were probed."""
+    return sum(call.record.profile.gradient_square for call in calls if call.record.profile is not None)
+
+
+def _report_row(call: Call, row: SavedTensor, square: float, is_stored_before: bool = False) -> ReportRow:
     decision, profile = call.plan[row.key], call.record.profile
     known = None if profile is None else profile.sensitivities.get(row.key)
-    square = 0.0 if profile is None else profile.gradient_square
     noises: tuple[float | None, float | None] = (None, None)
     if profile is not None and known is not None and square:
-        noises = known.variance[DEFAULT_BITS] / square, noise_of(row, decision, profile) / square
+        level = noise_level(call.plan, profile)
+        noises = known.variance[DEFAULT_BITS] / square, noise_of(row, decision, profile, level) / square
     return ReportRow(
         name=row.name,
         op=row.op,
@@ -278,7 +284,7 @@ def _kept(decision: Decision) -> str:
 def _total_noise(calls: Sequence[Call]) -> float | None:
     """The relative variance that all plans add to the gradient; None unless every graph was probed."""
     known = [(call, call.record.profile) for call in calls if call.record.profile is not None]
-    square = sum(profile.gradient_square for _, profile in known)
+    square = _gradient_square(calls)
     if len(known) < len(calls) or not square:
         return None
     return sum(predicted_noise(call.rows, call.plan, profile) for call, profile in known) / square

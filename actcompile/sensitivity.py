@@ -26,6 +26,7 @@ import logging
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ from .choices import CODE_BITS
 from .distributed import num_ranks
 from .passes._fx import ROW_KEY, GraphPair, graph_outputs, is_tensor
 from .passes.place_codecs import DECODERS
-from .plan import Profile, Pruning, Role, Sensitivity
+from .plan import PAIR_BITS, Profile, Pruning, Role, Sensitivity
 from .triton_kernels._chunked import rounding_variance
 from .triton_kernels._hash import mix_seed
 
@@ -58,8 +59,10 @@ dequantize = torch.ops.actcompile.dequantize.default
 # takes as long as 2.6 more of its samples.
 _SHARE = 0.75
 _NOISY_SHARE = 0.125
-# Bits whose noise that is.
-_FEW_BITS = 2
+# Whose gradients count.
+_COUNTED = (Role.PARAMETER, Role.BOUNDARY, Role.INPUT)
+# Bits at which shares of noise are found; they hardly depend on them.
+_SHARE_BITS = 4
 # Mixed into the seed of the next probe.
 _NEXT = 2**31
 
@@ -141,7 +144,7 @@ class Probe:
         args.clear()
         whole = _sweep_of(graph.graph)
         whole.feed(arguments)
-        counted = self._counted(graph.graph)
+        counted, handed = self._counted(graph.graph), self._counted(graph.graph, (Role.BOUNDARY,))
         sliced = self._sliced(whole)
         if sliced is None:
             whole = _sweep_of(graph.graph, is_short=True)
@@ -151,16 +154,21 @@ class Probe:
         if sliced is None:
             results = whole.run_and_keep(pruning.see)
             roundings = self._roundings(whole, _readers(whole))
-            sensitivities = pruning.added_to(_measure(whole, counted, roundings, mix_seed(self._seed, 0), pruning))
+            found = _measure(whole, counted, roundings, mix_seed(self._seed, 0), pruning)
+            if 0 < len(handed) < len(counted):
+                whole.keep()
+                found = _with_shares(found, found, _measure(whole, handed, roundings, mix_seed(self._seed, 0), None))
+            sensitivities = pruning.added_to(found)
         else:
             whole.note_readers()
-            sensitivities, scale = self._sum_over_parts(sliced, whole, arguments, counted, pruning)
+            sensitivities, scale = self._sum_over_parts(sliced, whole, arguments, counted, handed, pruning)
             # What was saved is let go while the backward runs, as in compiled code.
             results = whole.run_last(pruning.see)
             sensitivities = pruning.added_to(sensitivities, scale)
         self._rounding.clear()
         self._dropped.clear()
-        square = sum(float(results[position].float().square().sum()) for position in counted)
+        squares = {position: float(results[position].float().square().sum()) for position in counted}
+        square, handed_square = sum(squares.values()), sum(squares[position] for position in handed)
         self.saw_finite = math.isfinite(square)
         if not self.saw_finite and num_ranks() == 1:
             # As in the first steps with a scaled loss. Ranks wait for each other's first probe.
@@ -173,16 +181,19 @@ class Probe:
         ]
         if unknown:
             log.warning("sensitivities that are not finite are taken as unknown: %s", ", ".join(unknown))
-        self.profile = Profile({key: found for key, found in sensitivities.items() if key not in unknown}, square)
+        if len(handed) == len(counted):
+            sensitivities = {key: replace(found, handed_on=1.0) for key, found in sensitivities.items()}
+        known = {key: found for key, found in sensitivities.items() if key not in unknown}
+        self.profile = Profile(known, square, handed_square)
         self.is_armed = False
         return results
 
-    def _counted(self, graph: fx.Graph) -> list[int]:
+    def _counted(self, graph: fx.Graph, counting: Sequence[Role] = _COUNTED) -> list[int]:
         """Positions among the results of gradients of parameters and of what earlier graphs computed."""
         return [
             position
             for position, (node, role) in enumerate(zip(graph_outputs(graph), self._roles, strict=False))
-            if isinstance(node, fx.Node) and role in (Role.PARAMETER, Role.BOUNDARY, Role.INPUT) and is_tensor(node)
+            if isinstance(node, fx.Node) and role in counting and is_tensor(node)
         ]
 
     def _sliced(self, whole: Sweep) -> SlicedBackward | None:
@@ -206,6 +217,7 @@ class Probe:
         whole: Sweep,
         arguments: Mapping[fx.Node, Any],
         counted: Sequence[int],
+        handed: Sequence[int],
         pruning: PruningNoise,
     ) -> tuple[dict[str, Sensitivity], float]:
         """Sensitivities over the samples of the first parts of the batch, scaled to all of them, and that scale."""
@@ -214,7 +226,7 @@ class Probe:
         given = {node.name: value for node, value in arguments.items()}
         length = sliced.size // sliced.count
 
-        def measure_part(index: int, is_noisy: bool) -> dict[str, Sensitivity]:
+        def measure_part(index: int, is_noisy: bool, targets: Sequence[int] = counted) -> dict[str, Sensitivity]:
             part = Part(index * length, length, sliced.size)
             placeholders = {node: given[node.name] for node in sliced.graph.find_nodes(op="placeholder")}
             values = {n: cut(v, dims[n.name], part) if n.name in dims else v for n, v in placeholders.items()}
@@ -229,7 +241,8 @@ class Probe:
             sweep.feed(values, reading)
             sweep.keep()
             # The same direction in all parts: a bias adds up over samples, and only then its square counts.
-            return _measure(sweep, counted, roundings, mix_seed(self._seed, 0), None if is_noisy else pruning)
+            takes = pruning if targets is counted and not is_noisy else None
+            return _measure(sweep, targets, roundings, mix_seed(self._seed, 0), takes)
 
         num_parts, num_noisy = (math.ceil(share * sliced.count) for share in (_SHARE, _NOISY_SHARE))
         scale = _scale(whole, sliced, num_parts)
@@ -239,7 +252,9 @@ class Probe:
         for key, first in exact[0].items():
             noises = {bits: scale * sum(one[key].variance[bits] for one in exact) for bits in CODE_BITS}
             ratio = _ratio([one[key] for one in noisy], [one[key] for one in exact[:num_noisy]])
-            found[key] = Sensitivity(noises, first.method, _excess(noises[_FEW_BITS], ratio))
+            found[key] = Sensitivity(noises, first.method, _excess(noises[PAIR_BITS], ratio))
+        if 0 < len(handed) < len(counted):
+            found = _with_shares(found, exact[0], measure_part(0, is_noisy=False, targets=handed))
         return found, scale
 
     def _roundings(
@@ -260,6 +275,18 @@ class Probe:
                 dropped = Dropped(moments, shapes_of(self._prunings), Groups(layout, GROUP, dim, part))
             found[key] = Rounding(self._rounding[key], bits, Groups(layout, group_size, dim, part), dropped)
         return found
+
+
+def _with_shares(
+    found: Mapping[str, Sensitivity], all_parts: Mapping[str, Sensitivity], handed: Mapping[str, Sensitivity]
+) -> dict[str, Sensitivity]:
+    """``found`` with the shares of the noise that is handed on, ``handed`` of what ``all_parts`` say."""
+
+    def share(key: str) -> float:
+        noise = all_parts[key].variance[_SHARE_BITS]
+        return min(1.0, handed[key].variance[_SHARE_BITS] / noise) if noise else 0.0
+
+    return {key: replace(value, handed_on=share(key)) for key, value in found.items()}
 
 
 def _scale(whole: Sweep, sliced: SlicedBackward, num_parts: int) -> float:
@@ -291,7 +318,7 @@ def _keys(sweep: Sweep) -> dict[fx.Node, str]:
 
 def _read_with_noise(read: Callable[[], Tensor], rounding: Rounding, seed: int) -> Tensor:
     """What ``read`` gives, with the noise of few bits."""
-    return rounding.add_noise(read(), seed, _FEW_BITS)
+    return rounding.add_noise(read(), seed, PAIR_BITS)
 
 
 def _sweep_of(graph: fx.Graph, is_tiled: bool = True, is_short: bool = False) -> Sweep:
@@ -304,7 +331,7 @@ def _readers(sweep: Sweep) -> dict[str, "functools.partial[Tensor]"]:
 
 def _ratio(some: Sequence[Sensitivity], others: Sequence[Sensitivity]) -> float:
     """How many times the noise of ``others`` that of ``some`` is."""
-    noise, usual = (sum(part.variance[_FEW_BITS] for part in parts) for parts in (some, others))
+    noise, usual = (sum(part.variance[PAIR_BITS] for part in parts) for parts in (some, others))
     return noise / usual if usual else 1.0
 
 

@@ -105,7 +105,8 @@ def solved_again(record: GraphRecord, current: Plan, num_steps: int) -> Plan | N
 
 def _better(record: GraphRecord, current: Plan, num_steps: int) -> Plan:
     """``current``, or a plan that is worth compiling for."""
-    profile, target = record.profile, record.config.noise
+    # By itself: of a graph that hands all on, noise has the same share in what earlier graphs make of it.
+    profile, target = None if record.probe is None else record.probe.profile, record.config.noise
     assert profile is not None
     budget = None if target is not None else counted_nbytes(record.rows, current)
     plan = solve([ProbedGraph(record.rows, profile, current)], record.config, budget)[0]

@@ -145,7 +145,8 @@ def predicted(ways: Mapping[str, Way], profile: Profile) -> float:
     known = [(profile.sensitivities[key], way) for key, way in ways.items() if key in profile.sensitivities]
     if len(known) == 1:
         return sum(value.pruned[way] if isinstance(way, Pruning) else value.variance[way] for value, way in known)
-    return sum(value.pruned[way] if isinstance(way, Pruning) else value.noise(way) for value, way in known)
+    level = profile.level(ways.items())
+    return sum(value.pruned[way] if isinstance(way, Pruning) else value.noise(way, level) for value, way in known)
 
 
 def ways_of(plan: Plan) -> dict[str, Way]:

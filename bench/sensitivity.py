@@ -88,6 +88,8 @@ def measure_plans(case: Case, steps: int, widths: Sequence[int], draws: int) -> 
                 guess[False] = sum(
                     predicted(dict.fromkeys(profile.sensitivities, width), profile) for profile in probed if profile
                 )
+            # Where both plans are the same, so is the noise.
+            actcompile.set_rng_state({"position": 0})
             noise[auto] = mean_noise(functools.partial(case.noise, call), draws)
             stored[auto] = actcompile.report(case.workload.model).saved_nbytes
             if auto:

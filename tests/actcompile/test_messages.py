@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Callable
 
 import pytest
@@ -261,7 +262,9 @@ def test_norms_without_a_momentum() -> None:
     with torch._dynamo.config.patch(capture_scalar_outputs=True):
         train(model := Counted())
     first, again = actcompile.report(model).notes
-    assert "1x Graph break; TORCH_LOGS=graph_breaks says why" in first and again == second
+    # Torch 2.11 counts the reason.
+    assert re.search("1x Graph break; TORCH_LOGS=graph_breaks says why|1x Could not guard on data-dependent", first)
+    assert again == second
     actcompile.reset()
     model = Counted()
     model.norm.momentum = 0.1

@@ -529,7 +529,30 @@ def test_what_was_recomputed_while_probing_stays_so() -> None:
     assert "recompute=" not in str(found.value)
 
 
-def test_what_is_to_be_probed_has_two_bits_at_the_least() -> None:
-    for settings, bits in (({"auto": True}, 2), ({}, 1)):
+def test_what_is_to_be_probed_has_three_bits_at_the_least() -> None:
+    for settings, bits in (({"auto": True}, 3), ({}, 1)):
         plan = make_plan([row()], Config(bits=1, **settings))
         assert [decision.bits for decision in plan.values()] == [bits]
+
+
+def test_what_pairs_add_falls_with_the_noise_of_all() -> None:
+    """Measured on two bits: a ratio of 9, as of e^x, of which the square root is left at half of the noise."""
+    found = Sensitivity({1: 4.0, 2: 1.0, 3: 0.5}, "probed", excess=4.0)
+    profile = Profile({"a": found, "b": Sensitivity({1: 4.0, 2: 1.0, 3: 0.5}, "probed")}, 1.0)
+    assert found.noise(2) == pytest.approx((1 + 9) / 2)
+    assert found.noise(3) == pytest.approx(0.5 * (1 + 3) / 2)
+    assert found.noise(1) == pytest.approx(4 * (1 + 1 + 8 * 4) / 2)
+    assert found.noise(2, level=0.0) == 1.0
+    assert profile.level({"a": 2}.items()) == 0.5
+    assert profile.level({"a": 3, "b": 1, "unknown": 2}.items()) == pytest.approx(4.5 / 2)
+
+
+def test_noise_that_is_handed_on_counts_for_what_earlier_graphs_make_of_it() -> None:
+    """Half of the noise lies in a gradient of square 2, from which earlier graphs compute one of square 200."""
+    profile = Profile({"a": Sensitivity({4: 1.0}, "probed", excess=0.5, sampled=3.0, handed_on=0.5)}, 3.0, 2.0)
+    seen = profile.seen_from(200.0)
+    assert (seen.gradient_square, seen.handed_square) == (1.0, 0.0)
+    assert seen.sensitivities["a"].variance == {4: pytest.approx(0.5 + 0.5 * 100)}
+    assert seen.sensitivities["a"].sampled == pytest.approx(3 * 50.5)
+    assert seen.sensitivities["a"].excess * 50.5 == pytest.approx(0.5)
+    assert profile.seen_from(0.0) is profile

@@ -194,3 +194,34 @@ def test_sensitivities_that_are_not_finite_are_unknown(
     _, profile = probed(gpt(layers=1))
     assert profile.sensitivities
     assert "taken as unknown" in caplog.text
+
+
+class Broken(nn.Module):
+    """Two layers, a graph break, and a loss in a graph of its own, whose noise all passes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(64, 256), nn.Linear(256, 512)
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        """[B, 64] -> loss."""
+        logits = self.second(nn.functional.gelu(self.first(x)))
+        torch._dynamo.graph_break()
+        return nn.functional.cross_entropy(3 * logits, targets)
+
+
+def test_noise_of_a_loss_in_its_own_graph_counts_for_what_it_becomes() -> None:
+    """Its gradient of the logits is small beside that of the weights, and the same share of it is lost in both."""
+    model, x, targets = Broken(), torch.randn(256, 64), torch.randint(512, (256,))
+    call = compiled(model, auto=True)
+    for _ in range(2):
+        call(x, targets).backward()
+    first, loss = (record.profile for record in records.finished())
+    assert first is not None and loss is not None
+    assert loss.gradient_square == loss.handed_square == 0 and first.gradient_square > 0
+    raw = records.finished()[1].probe.profile  # type: ignore[union-attr]
+    assert raw is not None and raw.own_square == 0
+    for key, found in loss.sensitivities.items():
+        share = raw.sensitivities[key].variance[4] / raw.handed_square
+        assert found.variance[4] / first.gradient_square == pytest.approx(share)

@@ -1,5 +1,6 @@
 """insert_codecs: quantize, expanded tensors, narrow integers, what it leaves alone."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -153,8 +154,13 @@ def test_integers_are_narrowed() -> None:
     outputs, gradients = traced.run()
     plan = Plan({**traced.keep_all(), key: Decision(Action.NARROW, "test", dtype=torch.int16)})
     insert_codecs(traced.pair, plan)
-    assert "convert_element_type_default = convert_element_type(view_1, int16)" in text(traced.pair.forward)
-    assert "convert_element_type_default = convert_element_type(view_1_part0, int64)" in text(traced.pair.backward)
+    # What the indices are called is up to torch.
+    narrowed = re.search(
+        r"convert_element_type_default = convert_element_type\((\w+), int16\)", text(traced.pair.forward)
+    )
+    assert narrowed is not None
+    widened = f"convert_element_type_default = convert_element_type({narrowed[1]}_part0, int64)"
+    assert widened in text(traced.pair.backward)
     again = traced.run()
     torch.testing.assert_close(again, (outputs, gradients), rtol=0, atol=0)
 

@@ -1,5 +1,6 @@
 """remake_copies: what the backward makes again from parameters, and what it leaves alone."""
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -16,6 +17,7 @@ def layer(x: Tensor, w: Tensor) -> Tensor:
     return torch.nn.functional.gelu(x) @ (w * w.square().sum(0, keepdim=True)).to(torch.bfloat16).float()
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch up to 2.12 leaves out casts to fewer bits and back")
 def test_a_normalized_copy_is_made_again() -> None:
     x, w = torch.randn(8, 16).requires_grad_() * 1, torch.randn(16, 16, requires_grad=True)
     traced = trace(layer, x, w, recompute="cheap")
