@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ._bends import between_bends
 from ._bounded import constant_of, has_pole, is_bounded
 from ._exact_sources import exact_sources
 from ._fx import draws_random_numbers, is_tensor
@@ -141,6 +142,7 @@ class Noise:
         """What tangent-dependent nodes and results read, all the way up."""
         found = Demands()
         steep: set[fx.Node] = set()
+        bent = between_bends(self._nodes, self._dependent, _is_pointwise)
         for node in self._nodes:
             if node in self._dependent and node.op == "call_function":
                 self._hold_delicate(node, steep, found)
@@ -148,7 +150,9 @@ class Noise:
                 for value, position in _operands(node):
                     if value in self._dependent or not self.is_noisy(value):
                         continue
-                    if _is_float(value) and position not in positions:
+                    if node in bent:
+                        found.fixed.setdefault(value, f"{name_of(node)} stands in a function that is not linear")
+                    elif _is_float(value) and position not in positions:
                         found.fixed.setdefault(value, f"{name_of(node)} is not linear in it")
                     else:
                         self.demand(value, found)
