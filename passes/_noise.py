@@ -273,7 +273,7 @@ class Noise:
             step = str((node.target, node.args[1:]))
             origins = self._origins.get(node.all_input_nodes[0], frozenset())
             return frozenset((root, (*views, step)) for root, views in origins)
-        if not _is_pointwise(node):
+        if not _is_pointwise(node) or not is_tensor(node):
             return frozenset({(node, ())})
         own = {(node, ())} if self.kind(node) is Kind.CUT else set()
         return frozenset(own).union(

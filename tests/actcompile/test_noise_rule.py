@@ -128,3 +128,9 @@ def test_what_is_sampled_at_a_grid_has_codes_and_the_grid_has_none() -> None:
     )
     assert stored["convolution"] == ("quantize", (4, 8, 16, 16))
     assert stored["tanh"] == ("keep", (4, 16, 16, 2))
+
+
+def test_operators_that_split_numbers_in_two() -> None:
+    layer = nn.Linear(8, 8)
+    stored = stored_by(lambda x: torch.frexp(layer(x))[0].sum(), torch.randn(8, 8))
+    assert stored

@@ -2,4 +2,9 @@
 
 from collections.abc import Mapping
 
-EXEMPT: Mapping[str, str] = {}
+_PRODUCTS = "a sum stands between what its gradient is multiplied with and what it is divided by, which may be near zero"
+
+EXEMPT: Mapping[str, str] = {
+    "cumprod": _PRODUCTS,
+    "index_reduce.prod": _PRODUCTS,
+}
