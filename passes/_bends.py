@@ -10,6 +10,7 @@ from collections.abc import Callable, Container, Sequence
 from torch import fx
 
 from ._noise_rules import LINEAR, PRODUCTS
+from .held import is_product
 
 # Operators that are not linear in what they read, beside pointwise ones.
 _OTHERS = ("logcumsumexp", "logsumexp", "amax", "amin", "prod", "cumprod", "cummax", "cummin")
@@ -19,6 +20,8 @@ def between_bends(
     nodes: Sequence[fx.Node], dependent: Container[fx.Node], is_pointwise: Callable[[fx.Node], bool]
 ) -> set[fx.Node]:
     """Those of ``nodes`` that gradients reach through one such function, and leave through another; these, too.
+
+    A matrix product ends such a stretch.
 
     Args:
         nodes: Of a joint graph or a backward, in order.
@@ -30,10 +33,10 @@ def between_bends(
         return set()
     below, above = set(bends), set(bends)
     for node in nodes:
-        if node in dependent and not below.isdisjoint(node.all_input_nodes):
+        if node in dependent and not is_product(node) and not below.isdisjoint(node.all_input_nodes):
             below.add(node)
     for node in reversed(nodes):
-        if node in above:
+        if node in above and not is_product(node):
             above.update(value for value in node.all_input_nodes if value in dependent)
     return below & above
 
@@ -46,7 +49,7 @@ def _bends(node: fx.Node, dependent: Container[fx.Node], is_pointwise: Callable[
         return False
     name = str(node.target)
     if name in LINEAR:
-        return not set(positions) <= set(LINEAR[name]) or (name in PRODUCTS and len(positions) > 1)
+        return not set(positions) <= set(LINEAR[name]) or set(PRODUCTS.get(name, (-1,))) <= set(positions)
     return is_pointwise(node) or name.removeprefix("aten.").split(".")[0] in _OTHERS
 
 

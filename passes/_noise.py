@@ -26,6 +26,7 @@ from ._bounded import constant_of, has_pole, is_bounded
 from ._exact_sources import exact_sources
 from ._fx import draws_random_numbers, is_tensor
 from ._noise_rules import FACTORIZATIONS, LINEAR, LINEAR_BACKWARD, PRODUCTS
+from ._quotients import cancelled_factors
 from ._views import VIEW_OPS
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -119,13 +120,29 @@ class Noise:
         """What ``node`` does to noise; what has none is free."""
         return self._kinds.get(node, Kind.FREE)
 
-    def has_pole(self, cut: fx.Node) -> bool:
-        """Whether ``cut`` has no bound near a zero of what it is a function of: 1 / x, where nothing is added to x.
+    def poles(self, cut: fx.Node) -> list[fx.Node]:
+        """What ``cut`` is a function of and has no bound near a zero of: 1 / x, where nothing is added to x.
 
         One element may be as large as it likes then, where all that it is multiplied with is as small.
         """
         pairs = [(_between(root, cut), root) for root in self._roots(cut) if _is_float(root)]
-        return bool(pairs) and all(nodes is not None and has_pole(nodes, root) for nodes, root in pairs)
+        is_pole = bool(pairs) and all(nodes is not None and has_pole(nodes, root) for nodes, root in pairs)
+        return [root for _, root in pairs] if is_pole else []
+
+    def exact_factors(self, demands: Demands) -> dict[fx.Node, str]:
+        """What gradients are multiplied with and no codes may be stored of, with the reason."""
+        poles = {cut: self.poles(cut) for cut in demands.cuts if _is_float(cut)}
+        cancelled = cancelled_factors(
+            self._nodes,
+            self._dependent,
+            self.is_noisy,
+            lambda factor: poles.get(factor, ()),
+            lambda factor: self.above([factor]),
+        )
+        return {
+            **{cut: f"{name_of(cut)} has a pole: all beside it is small" for cut, roots in poles.items() if roots},
+            **dict.fromkeys(cancelled, "the gradient is divided by what it is made of"),
+        }
 
     def origins(self, node: fx.Node) -> frozenset[_Origin]:
         """What the elements of ``node`` are made of, one by one: cuts, and what is no function of single elements."""

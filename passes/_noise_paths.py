@@ -6,7 +6,7 @@ from torch import fx
 
 from ._fx import GraphPair, graph_outputs, tangent_dependent
 from ._noise import Noise, delicate_nodes, name_of
-from .pin_unstable import POLE
+from .pin_unstable import EXACT
 
 
 def unsafe_placeholders(pair: GraphPair, noisy: Iterable[fx.Node]) -> dict[fx.Node, str]:
@@ -17,9 +17,9 @@ def unsafe_placeholders(pair: GraphPair, noisy: Iterable[fx.Node]) -> dict[fx.No
     delicate = {slot.placeholder for slot in pair.slots if slot.source in delicate_sources}
     candidates = set(noisy)
     found = {
-        slot.placeholder: f"rounding it would do harm: {name_of(slot.source)} has a pole: all beside it is small"
+        slot.placeholder: f"rounding it would do harm: {slot.source.meta[EXACT]}"
         for slot in pair.slots
-        if slot.placeholder in candidates and slot.source.meta.get(POLE)
+        if slot.placeholder in candidates and slot.source.meta.get(EXACT)
     }
     candidates -= found.keys()
     while True:

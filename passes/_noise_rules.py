@@ -143,8 +143,13 @@ LINEAR: Mapping[str, tuple[int, ...]] = {
     "aten.leaky_relu.default": (0,),
 }
 
-# Of these, elements of one argument meet the same elements of another: what both are made of enters squared.
-PRODUCTS = frozenset({"aten.mul.Tensor", "aten.addcmul.default", "prims.fma.default"})
+# Of these, elements of one argument meet the same elements of another, at these positions: what both are made of enters
+# squared.
+PRODUCTS: Mapping[str, tuple[int, int]] = {
+    "aten.mul.Tensor": (0, 1),
+    "aten.addcmul.default": (1, 2),
+    "prims.fma.default": (0, 1),
+}
 
 # Backward operators -> positions of what the forward computed, in which they are linear, or which they read only the
 # shape of. That of attention runs on what its forward makes of the same operands (rerun_attention.py).

@@ -40,8 +40,8 @@ aten = torch.ops.aten
 _UNIT = "actcompile_unit"
 # Under this name reductions carry what the user said about them.
 _REDUCTION = "actcompile_reduction"
-# Under this name what is pinned says whether it has a pole.
-POLE = "actcompile_pole"
+# Under this name what is pinned says why no codes may be stored of it, if so.
+EXACT = "actcompile_exact"
 # What reads more than this many times the bytes that it yields is a reduction to the partitioner.
 _REDUCTION_RATIO = 4
 _USER_RECOMPUTES = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
@@ -58,7 +58,8 @@ def pin_unstable(joint: fx.GraphModule, num_forward_outputs: int, input_roles: S
     factor_tangents(joint, _noise_in(joint, num_forward_outputs, input_roles))
     noise = _noise_in(joint, num_forward_outputs, input_roles)
     demands = noise.demands()
-    demanded, again = demands.cuts | demands.fixed.keys(), _run_again(graph, num_forward_outputs)
+    exact = noise.exact_factors(demands)
+    demanded, again = demands.cuts | demands.fixed.keys() | exact.keys(), _run_again(graph, num_forward_outputs)
     pinned = [node for node in graph.nodes if node in demanded and _may_pin(node) and node not in again]
     _ban_reductions(graph)
     _fold(graph, demands.units)
@@ -66,7 +67,7 @@ def pin_unstable(joint: fx.GraphModule, num_forward_outputs: int, input_roles: S
         for one in (node, *(node.all_input_nodes if node.target is operator.getitem else ())):
             one.meta["recompute"] = CheckpointPolicy.MUST_SAVE
             one.meta.pop(_REDUCTION, None)
-        node.meta[POLE] = noise.has_pole(node)
+        node.meta[EXACT] = exact.get(node, "")
     output = graph.output_node()
     values = graph_outputs(graph)
     output.args = ([*values[:num_forward_outputs], *pinned, *values[num_forward_outputs:]],)

@@ -134,3 +134,18 @@ def test_operators_that_split_numbers_in_two() -> None:
     layer = nn.Linear(8, 8)
     stored = stored_by(lambda x: torch.frexp(layer(x))[0].sum(), torch.randn(8, 8))
     assert stored
+
+
+@pytest.mark.parametrize(("function", "expected"), [(lambda h: h, True), (lambda h: h.sigmoid() + 0.1, False)])
+def test_running_products_stay_exact_where_they_are_divided_by(function: Loss, expected: bool) -> None:
+    layer = nn.Linear(8, 64)
+    stored_by(lambda x: torch.cumprod(function(layer(x)), -1).square().mean(), torch.randn(32, 8))
+    reasons = {row.reason for row in actcompile.report().rows if row.action == "keep"}
+    assert any("the gradient is divided by what it is made of" in reason for reason in reasons) is expected
+
+
+def test_what_gradients_meet_in_logarithms_stays_exact() -> None:
+    layer, other = nn.Linear(8, 64), nn.Linear(64, 64)
+    stored = stored_by(lambda x: other(torch.logcumsumexp(layer(x), -1)).relu().mean(), torch.randn(32, 8))
+    assert stored["logcumsumexp"] == stored["addmm"] == ("keep", (32, 64))
+    assert stored["le"][0] == "pack"
