@@ -2,4 +2,9 @@
 
 from collections.abc import Mapping
 
-EXEMPT: Mapping[str, str] = {}
+_SHARP = "logits of two keys are up to 38 apart: attention runs again on rounded queries and keys, which bends there"
+
+EXEMPT: Mapping[str, str] = {
+    "nn.TransformerEncoder": _SHARP,
+    "nn.TransformerEncoderLayer": _SHARP,
+}
