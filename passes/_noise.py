@@ -137,7 +137,7 @@ class Noise:
             self._dependent,
             self.is_noisy,
             lambda factor: poles.get(factor, ()),
-            lambda factor: self.above([factor]),
+            _is_pointwise,
         )
         return {
             **{cut: f"{name_of(cut)} has a pole: all beside it is small" for cut, roots in poles.items() if roots},

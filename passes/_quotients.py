@@ -2,14 +2,20 @@
 
     out = cumprod(x);  ...;  t = mul(g, out);  s = cumsum(t);  gx = div(s, x)
 
-Where x is near zero, so is out, and their quotient is not. Of noise in out, nothing is near zero.
+Where x is near zero, so is out, and their quotient is not. Of noise in out, nothing is near zero. A sum with anything
+else, exp(x), or what a matrix product or a normalization makes of x is no factor of this kind: it is not near zero
+where x is.
 """
 
+import itertools
 from collections.abc import Callable, Container, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from ._bounded import constant_of
 from .held import is_product
 
 aten = torch.ops.aten
@@ -25,25 +31,73 @@ def cancelled_factors(
     dependent: Container[fx.Node],
     is_noisy: Callable[[fx.Node], bool],
     divisors: Roots,
-    above: Callable[[fx.Node], Container[fx.Node]],
+    is_pointwise: Callable[[fx.Node], bool],
 ) -> set[fx.Node]:
-    """Noisy nodes that gradients are multiplied with above a quotient by what these were computed from.
+    """Noisy nodes that gradients are multiplied with above a quotient by what these are near zero with.
 
     Args:
         nodes: Of a joint graph, in order.
         dependent: What a tangent reaches.
         is_noisy: Whether a node may carry noise.
         divisors: What a factor has a pole in, the nearest first; nothing where it has none.
-        above: A node, and the noisy ones that it is computed from.
+        is_pointwise: Whether an operator works on one element after the other.
     """
-    found: set[fx.Node] = set()
+    found, nodes = set[fx.Node](), list(nodes)
+    small: dict[fx.Node, set[fx.Node]] = {}
     for node in nodes:
         if node in dependent and node.target in (aten.mul.Tensor, aten.div.Tensor):
             roots = {root for value in _noisy(node, dependent, is_noisy) for root in _roots(node, value, divisors)}
             if roots:
-                factors = set(_factors_above(node, dependent, is_noisy))
-                found |= {factor for factor in factors if any(root in above(factor) for root in roots)}
+                for root in roots - small.keys():
+                    small[root] = _small_with(root, nodes, is_noisy, is_pointwise)
+                found |= set().union(*(small[root] for root in roots)) & set(_factors_above(node, dependent, is_noisy))
     return found
+
+
+def _small_with(
+    root: fx.Node,
+    nodes: Iterable[fx.Node],
+    is_noisy: Callable[[fx.Node], bool],
+    is_pointwise: Callable[[fx.Node], bool],
+) -> set[fx.Node]:
+    """``root``, and those of ``nodes`` that are zero where it is; of operators on more than single elements, all."""
+    small = {root}
+    for node in nodes:
+        if small.isdisjoint(node.all_input_nodes) or not is_noisy(node) or is_product(node):
+            continue
+        if not is_pointwise(node) or _yields_zero(node, small):
+            small.add(node)
+    return small
+
+
+def _yields_zero(node: fx.Node, zeros: Container[fx.Node]) -> bool:
+    """Whether a pointwise operator makes nothing of ``zeros``, whatever its masks say; of the others, one."""
+    masks = [value for value in node.all_input_nodes if _dtype(value) is torch.bool]
+
+    def is_zero(chosen: tuple[bool, ...]) -> bool:
+        choices = dict(zip(masks, chosen, strict=True))
+
+        def given(value: fx.Node) -> Any:
+            if not isinstance(value.meta["val"], torch.Tensor):
+                return 1
+            constant = constant_of(value)
+            number = choices.get(value, 0 if value in zeros else 1 if constant is None else constant)
+            return torch.tensor(number, dtype=_dtype(value))
+
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), given)
+        try:
+            return not bool(node.target(*args, **kwargs))  # type: ignore[operator]
+        except (RuntimeError, TypeError, NotImplementedError):
+            # It takes no single numbers, or none of this type.
+            return True
+
+    with unset_fake_temporarily(), torch.no_grad():
+        return any(map(is_zero, itertools.product((True, False), repeat=len(masks))))
+
+
+def _dtype(node: fx.Node) -> torch.dtype | None:
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, torch.Tensor) else None
 
 
 def _roots(node: fx.Node, value: fx.Node, divisors: Roots) -> Iterable[fx.Node]:

@@ -144,6 +144,20 @@ def test_running_products_stay_exact_where_they_are_divided_by(function: Loss, e
     assert any("the gradient is divided by what it is made of" in reason for reason in reasons) is expected
 
 
+def test_what_is_more_than_its_divisor_has_codes() -> None:
+    """Noise in weights of a mean, of which the rest of the model is made, is no noise in what these are divided by."""
+    layer, gate, other = nn.Linear(8, 64), nn.Linear(8, 64), nn.Linear(64, 64)
+
+    def loss(x: Tensor) -> Tensor:
+        weights = gate(x).sigmoid()
+        hidden = layer(x) + weights / weights.sum(-1, keepdim=True)
+        normalized = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
+        return other(normalized).square().mean()
+
+    stored_by(loss, torch.randn(32, 8))
+    assert not any("divided by" in row.reason for row in actcompile.report().rows)
+
+
 def test_what_gradients_meet_in_logarithms_stays_exact() -> None:
     layer, other = nn.Linear(8, 64), nn.Linear(64, 64)
     stored = stored_by(lambda x: other(torch.logcumsumexp(layer(x), -1)).relu().mean(), torch.randn(32, 8))

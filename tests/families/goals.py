@@ -65,7 +65,7 @@ EXEMPT: Mapping[tuple[str, str], Exempt] = {
     ("resnet", "fp32"): Exempt(reason=_POOLS, ratio=5.9),
     ("vgg", "fp32"): Exempt(reason=_POOLS, ratio=5.1),
     ("mlp, Tanh", "fp32"): Exempt(reason=_TANH, ratio=3.8),
-    ("neural ode", "fp32"): Exempt(reason=_TANH, ratio=5.1),
+    ("neural ode", "fp32"): Exempt(reason=_TANH, ratio=5.0),
     ("gru by hand", "fp32"): Exempt(reason=_TANH, ratio=6.7),
     ("wavenet", "fp32"): Exempt(reason=_TANH, ratio=6.1),
     ("mixture density network", "fp32"): Exempt(reason=_TANH, ratio=3.9),
@@ -78,6 +78,9 @@ EXEMPT: Mapping[tuple[str, str], Exempt] = {
     ("pyg GATConv", "fp32"): Exempt(reason=_EDGES, ratio=6.8),
     ("pyg GATv2Conv", "fp32"): Exempt(reason=f"{_EDGES}; so is the input; {_MASKS}", ratio=5.0),
     ("peft dora, llama", "fp32"): Exempt(reason="at its graph breaks an attention mask in floats crosses", ratio=6.0),
+    ("triplet loss, cdist", "fp32"): Exempt(
+        reason="a quotient by distances, which may be near zero, is exact", ratio=5.5
+    ),
     ("vae", "autocast"): Exempt(
         reason="its input, whose cast the loss reads again, is copied: others may write it before the backward",
         ratio=2.4,
