@@ -5,7 +5,7 @@ Traced graphs hold sizes as numbers. Numbers that are sizes grow with the batch
     view         the dimension that starts at the same element as the batch of what is viewed
     expand       the dimension of the batch of what is expanded
     full, ...    the first dimension, where it is as long as some batch dimension before
-    iota         likewise, in the forward: the numbers of the samples
+    iota         likewise: the numbers of the samples; in the backward only where it picks every sample in turn
 
 Whatever mixes up the order of the samples, or picks some of them, is refused, and so is what does not fit together.
 """
@@ -21,7 +21,7 @@ from torch import fx
 
 from ._seeded import RANDOM
 from .passes._fx import GraphPair, Slot, graph_outputs, hint, is_tensor
-from .passes._views import value_chain
+from .passes._views import VIEW_OPS, value_chain
 from .passes.place_codecs import DECODERS, ENCODERS
 from .plan import Role
 
@@ -175,7 +175,7 @@ class Growth:
         position = sizes_position(node)
         if position is not None:
             args[position] = self._sizes(node, grow)
-        elif node.target is _IOTA and self._is_forward and self._grown and args[0] in self._lengths:
+        elif node.target is _IOTA and self._grown and args[0] in self._lengths and self._may_number(node):
             args[0] *= _GROWTH
         value = self._values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         if isinstance(value, torch.Tensor):
@@ -185,6 +185,10 @@ class Growth:
                 raise NotSeparableError(f"{node.format_node()} has {list(value.shape)} in place of {old}")
             for dim in changed:
                 self._note(node, dim)
+
+    def _may_number(self, node: fx.Node) -> bool:
+        """Whether ``node`` holds the numbers of samples; of some samples alone, they are positions among these."""
+        return self._is_forward or all(map(_is_picked_by, _ends_of_views(node)))
 
     def _may_grow(self, node: fx.Node) -> bool:
         """Whether ``node`` is a constant that has not grown yet."""
@@ -252,6 +256,27 @@ def _dims_along(node: fx.Node, name: str, operand: fx.Node) -> list[int]:
     if name == "slice" and not given.get("start") and hint(given.get("end") or 0) in (0, sys.maxsize):
         return []
     return [dim % operand.meta["val"].dim() for dim in dims if isinstance(dim, int)]
+
+
+def _ends_of_views(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """Views of ``node``, itself among them, each with a user that is no view."""
+    found, pending = [], [node]
+    while pending:
+        view = pending.pop()
+        for user in view.users:
+            if user.target in VIEW_OPS:
+                pending.append(user)
+            else:
+                found.append((view, user))
+    return found
+
+
+def _is_picked_by(end: tuple[fx.Node, fx.Node]) -> bool:
+    """Whether a view is an index of its user, and nothing else."""
+    view, user = end
+    if not isinstance(user.target, torch._ops.OpOverload) or user.target._schema.name.split("::")[1] not in _INDEXED:
+        return False
+    return view not in (user.args[0], *user.args[2:])
 
 
 def _counts(index: fx.Node) -> bool:

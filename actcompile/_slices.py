@@ -75,6 +75,8 @@ def slice_backward(pair: GraphPair, size: int, dims: Mapping[str, int], count: i
         position = sizes_position(node)
         if position is not None:
             copy.update_arg(position, shape)
+        elif node.target is torch.ops.prims.iota.default:
+            copy.update_arg(0, shape[0])
     return SlicedBackward(graph, size, count, dims)
 
 

@@ -37,10 +37,15 @@ def classes(w: Tensor, ids: Tensor) -> Tensor:
     return F.cross_entropy((hidden @ w).view(-1, 8), ids.view(-1) % 8)
 
 
+def picked(w: Tensor, x: Tensor) -> Tensor:
+    samples, positions = torch.arange(BATCH)[:, None], torch.arange(5)[None]
+    return (torch.tanh(x @ w)[samples, positions].exp() * x[samples, positions]).sum()
+
+
 @pytest.mark.parametrize("count", [2, 3, 6])
 @pytest.mark.parametrize(
     ("function", "x"),
-    [(mlp, X), (attention, X), (images, X), (classes, IDS)],
+    [(mlp, X), (attention, X), (images, X), (classes, IDS), (picked, X)],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_gradients_of_parts_add_up(function: Callable[..., Tensor], x: Tensor, count: int) -> None:
