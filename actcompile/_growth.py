@@ -186,6 +186,10 @@ class Growth:
             for dim in changed:
                 self._note(node, dim)
 
+    def _is_all(self, index: Any) -> bool:
+        """Whether ``index`` holds the numbers of all samples, in order."""
+        return isinstance(index, fx.Node) and index.name in self.dims and _counts(index)
+
     def _may_number(self, node: fx.Node) -> bool:
         """Whether ``node`` holds the numbers of samples; of some samples alone, they are positions among these."""
         return self._is_forward or all(map(_is_picked_by, _ends_of_views(node)))
@@ -228,7 +232,7 @@ class Growth:
         if name in _INDEXED:
             indices = node.args[1]
             picked = indices[dim : dim + 1] if isinstance(indices, Sequence) else [indices]
-            if not all(index is None or (isinstance(index, fx.Node) and _counts(index)) for index in picked):
+            if not all(index is None or self._is_all(index) for index in picked):
                 raise NotSeparableError(f"{node.format_node()} picks samples")
 
 

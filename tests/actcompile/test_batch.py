@@ -9,10 +9,12 @@ from torch.nn import functional as F
 
 from actcompile._batch import find_batch
 from actcompile._slices import Part, cut, samples_meet, slice_backward
+from actcompile.passes._fx import call
 from actcompile.plan import Role
 
 from ..passes.pairs import trace
 
+IOTA = torch.ops.prims.iota.default
 BATCH = 6
 IDS = torch.randint(16, (BATCH, 5))
 X = torch.randn(BATCH, 5, 8)
@@ -37,15 +39,10 @@ def classes(w: Tensor, ids: Tensor) -> Tensor:
     return F.cross_entropy((hidden @ w).view(-1, 8), ids.view(-1) % 8)
 
 
-def picked(w: Tensor, x: Tensor) -> Tensor:
-    samples, positions = torch.arange(BATCH)[:, None], torch.arange(5)[None]
-    return (torch.tanh(x @ w)[samples, positions].exp() * x[samples, positions]).sum()
-
-
 @pytest.mark.parametrize("count", [2, 3, 6])
 @pytest.mark.parametrize(
     ("function", "x"),
-    [(mlp, X), (attention, X), (images, X), (classes, IDS), (picked, X)],
+    [(mlp, X), (attention, X), (images, X), (classes, IDS)],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_gradients_of_parts_add_up(function: Callable[..., Tensor], x: Tensor, count: int) -> None:
@@ -131,3 +128,31 @@ def test_mixed_samples_are_refused(function: Callable[..., Tensor], capfd: pytes
     assert traced.pair.roles[next(iter(traced.pair.roles))] is Role.PARAMETER
     assert find_batch(traced.pair) is None
     assert not capfd.readouterr().err
+
+
+def picked(w: Tensor, x: Tensor) -> Tensor:
+    samples, positions = torch.arange(BATCH)[:, None], torch.arange(5)[None]
+    return (torch.tanh(x @ w)[samples, positions].exp() * 3).sum()
+
+
+@pytest.mark.parametrize("is_number", [False, True])
+def test_numbers_of_samples_in_the_backward_are_positions(is_number: bool) -> None:
+    """Of some samples alone they pick these; what is computed from the numbers themselves would be wrong."""
+    traced = trace(picked, torch.randn(8, 8, requires_grad=True), X)
+    forward, backward = traced.pair.forward.graph, traced.pair.backward.graph
+    nodes = {node.name: node for node in forward.nodes}
+    saved = [node for node in backward.find_nodes(op="placeholder") if node.name.startswith("unsqueeze")]
+    (expand,) = backward.find_nodes(op="call_function", target=torch.ops.aten.expand.default)
+    with backward.inserting_before(expand):
+        for node in saved:
+            iota = backward.node_copy(nodes[node.name].args[0])  # type: ignore[arg-type]
+            again = backward.node_copy(nodes[node.name], {nodes[node.name].args[0]: iota}.__getitem__)  # type: ignore[arg-type]
+            node.replace_all_uses_with(again)
+            if is_number and iota.args[0] == BATCH:
+                call(backward, torch.ops.aten.mul.Tensor, iota, 2)
+    found = find_batch(traced.pair)
+    assert (found is None) is is_number
+    if found is not None:
+        sliced = slice_backward(traced.pair, BATCH, found[1], 3)
+        lengths = [node.args[0] for node in sliced.graph.find_nodes(op="call_function", target=IOTA)]
+        assert sorted(lengths) == [2, 5]
