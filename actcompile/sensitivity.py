@@ -15,8 +15,7 @@ over each group is noted for every width while the forward encodes. One draw of 
 
 A gradient is a sum over samples, and so is the variance that noise adds to it: some samples stand for all, by what they
 count in it (_weights.py). For a few of them the product is taken once more with noise in all tensors, which says what
-pairs of tensors on few bits add. Where samples cannot be told apart, or the batch is small, both products take all of
-it at once.
+pairs of tensors on few bits add. Where samples cannot be told apart, the product takes the whole batch at once.
 
 Source: GACT, section 4, whose rule needs three training steps per tensor; the product through the backward graph is
 this project's.
@@ -156,12 +155,9 @@ class Probe:
             results = whole.run_and_keep(pruning.see)
             roundings = self._roundings(whole, _readers(whole))
             found = _measure(whole, counted, roundings, mix_seed(self._seed, 0), pruning)
-            shares_of = found
-            found = self._with_excess(whole, counted, roundings, found)
             if 0 < len(handed) < len(counted):
                 whole.keep()
-                of_handed = _measure(whole, handed, roundings, mix_seed(self._seed, 0), None)
-                found = _with_shares(found, shares_of, of_handed)
+                found = _with_shares(found, found, _measure(whole, handed, roundings, mix_seed(self._seed, 0), None))
             sensitivities = pruning.added_to(found)
         else:
             whole.note_readers()
@@ -238,7 +234,10 @@ class Probe:
             reading = {n: functools.partial(decode, r.func, r.args, dims[n.name], part) for n, r in decoders.items()}
             roundings = self._roundings(sweep, readers, part, dims)
             if is_noisy:
-                reading |= _noisy_readers(sweep, reading, roundings, mix_seed(self._seed, index))
+                for leaf in sweep.leaves:
+                    key = leaf.meta[ROW_KEY]
+                    salt = mix_seed(mix_seed(self._seed, index), zlib.crc32(key.encode()))
+                    reading[leaf] = functools.partial(_read_with_noise, reading[leaf], roundings[key], salt)
             sweep.feed(values, reading)
             sweep.keep()
             # The same direction in all parts: a bias adds up over samples, and only then its square counts.
@@ -257,26 +256,6 @@ class Probe:
         if 0 < len(handed) < len(counted):
             found = _with_shares(found, exact[0], measure_part(0, is_noisy=False, targets=handed))
         return found, scale
-
-    def _with_excess(
-        self,
-        whole: Sweep,
-        counted: Sequence[int],
-        roundings: Mapping[str, Rounding],
-        found: Mapping[str, Sensitivity],
-    ) -> dict[str, Sensitivity]:
-        """``found`` with what pairs of tensors add, where all of it comes from one product."""
-        if len(found) < 2 or any(value.method != "probed" for value in found.values()):
-            return dict(found)
-        readers = dict(whole.readers)
-        whole.readers |= _noisy_readers(whole, readers, roundings, self._seed)
-        whole.keep()
-        noisy = _measure(whole, counted, roundings, mix_seed(self._seed, 0), None)
-        whole.readers = readers
-        return {
-            key: replace(value, excess=_excess(value.variance[PAIR_BITS], _ratio([noisy[key]], [value])))
-            for key, value in found.items()
-        }
 
     def _roundings(
         self,
@@ -335,20 +314,6 @@ def _measure(
 def _keys(sweep: Sweep) -> dict[fx.Node, str]:
     """Row keys of the leaves."""
     return {leaf: leaf.meta[ROW_KEY] for leaf in sweep.leaves}
-
-
-def _noisy_readers(
-    sweep: Sweep,
-    readers: Mapping[fx.Node, "functools.partial[Tensor]"],
-    roundings: Mapping[str, Rounding],
-    seed: int,
-) -> dict[fx.Node, "functools.partial[Tensor]"]:
-    """Of the leaves, with the noise of few bits; a tensor that is decoded twice has the same noise both times."""
-    found = {}
-    for leaf, key in _keys(sweep).items():
-        salt = mix_seed(seed, zlib.crc32(key.encode()))
-        found[leaf] = functools.partial(_read_with_noise, readers[leaf], roundings[key], salt)
-    return found
 
 
 def _read_with_noise(read: Callable[[], Tensor], rounding: Rounding, seed: int) -> Tensor:
